@@ -1,0 +1,25 @@
+"""PostHog flag definitions in shared memory: one fetch per host, shared by all its workers."""
+
+from __future__ import annotations
+
+from shmflags._version import __version__
+from shmflags.contract import validate_provider
+from shmflags.errors import (
+    DamagedSnapshotError,
+    InvalidDefinitionsError,
+    ShmFlagsError,
+    UnsafePathError,
+    UnsupportedPlatformError,
+)
+from shmflags.provider import SharedMemoryFlagCache
+
+__all__ = [
+    "DamagedSnapshotError",
+    "InvalidDefinitionsError",
+    "SharedMemoryFlagCache",
+    "ShmFlagsError",
+    "UnsafePathError",
+    "UnsupportedPlatformError",
+    "__version__",
+    "validate_provider",
+]

@@ -1,0 +1,70 @@
+"""What the PostHog client looks like from here. Nobody else knows its attributes.
+
+    feature_flags           the list it evaluates from; None until the first load
+    poll_interval           seconds between its polls
+    _flags_etag             the ETag it sends with its next request
+    _load_feature_flags()   one poll: it asks the provider, and fetches if it is told to
+    _flag_definition_cache_provider
+
+Seen in posthog 7.91. A client without them is refused by `attach`, loudly and at start-up.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+_NEEDED = (
+    "feature_flags",
+    "poll_interval",
+    "_flags_etag",
+    "_load_feature_flags",
+    "_flag_definition_cache_provider",
+)
+
+
+class Attachment:
+    """A client, held weakly."""
+
+    def __init__(self, client: Any, provider: object) -> None:
+        """Raises `TypeError` if this is no such client, `ValueError` if it has another provider."""
+        missing = [name for name in _NEEDED if not hasattr(client, name)]
+        if missing:
+            raise TypeError(
+                f"attach() takes a posthog.Posthog client; {type(client).__name__} object lacks "
+                f"{', '.join(missing)}"
+            )
+        if client._flag_definition_cache_provider is not provider:
+            raise ValueError(
+                "attach() takes the client that was made with "
+                "flag_definition_cache_provider=<this cache>; this one was not"
+            )
+        self._client = weakref.ref(client)
+
+    @property
+    def is_live(self) -> bool:
+        return self._client() is not None
+
+    def is_client(self, client: object) -> bool:
+        return self._client() is client
+
+    def poll_interval_s(self) -> float | None:
+        client = self._client()
+        return None if client is None else float(client.poll_interval)
+
+    def holds(self, flags: list[Any]) -> bool:
+        """Whether the client evaluates from this very list, and it is not empty."""
+        client = self._client()
+        return client is not None and bool(flags) and client.feature_flags is flags
+
+    def clear_etag(self) -> None:
+        """Make the client's next request ask for a full answer."""
+        client = self._client()
+        if client is not None:
+            client._flags_etag = None
+
+    def reload(self) -> None:
+        """Have the client poll now, unless it has never loaded: then its first use will."""
+        client = self._client()
+        if client is not None and client.feature_flags is not None:
+            client._load_feature_flags()

@@ -1,0 +1,298 @@
+"""Definitions to and from payload; the only file that knows msgpack.
+
+A payload is a list of items, each encoded by itself and known by the digest of its bytes, so that a
+reader decodes only what it has not decoded before and checks exactly what it decodes:
+
+    item 0               the envelope: the definitions with `flags` and `cohorts` set to None, which
+                         keeps the key order and all keys that we do not know
+    then one per flag    the flag, in order
+    then one per cohort  [key, cohort], in order
+
+An item is msgpack. Where msgpack cannot express a value that JSON can (integers beyond 64 bits), the
+item is the JSON text, as one msgpack string: no flag, cohort or envelope is a string, so the two
+cannot be confused. Lone surrogates travel as UTF-8 with `surrogatepass`.
+
+The index has one entry per item, in order:
+
+    offset  size  field
+    0       4     length of the item's bytes (u32, little-endian)
+    4       16    digest of the item's bytes (BLAKE2b-128)
+
+The content digest is the digest of the index with the two counts: equal digests mean equal bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from shmflags.contract import Definitions
+from shmflags.errors import DamagedSnapshotError, InvalidDefinitionsError
+
+DIGEST_BYTES = 16
+ENTRY = struct.Struct(f"<I{DIGEST_BYTES}s")
+_COUNTS = struct.Struct("<II")
+
+# -2: the smallest length of a bin or ext is 0, and -1 means "no limit" to msgpack.
+_PLAIN_JSON_ONLY = {
+    "max_bin_len": -2,
+    "max_ext_len": -2,
+    "strict_map_key": True,
+    "unicode_errors": "surrogatepass",
+}
+_PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Definitions as bytes, ready to be written: `index` then `items`."""
+
+    flag_count: int
+    cohort_count: int
+    index: bytes
+    items: list[bytes]
+    digest: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes that index and items take."""
+        return len(self.index) + sum(map(len, self.items))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Definitions as objects, with each item's object by the digest of its bytes."""
+
+    definitions: Definitions
+    digest: bytes
+    items: dict[bytes, Any] = field(repr=False)
+
+
+def digest_of(data: bytes | memoryview) -> bytes:
+    """The 16-byte digest by which contents are compared."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def content_digest(index: bytes | memoryview, flag_count: int, cohort_count: int) -> bytes:
+    """The digest of whole definitions, from the digests of their items."""
+    return digest_of(bytes(index) + _COUNTS.pack(flag_count, cohort_count))
+
+
+def encode(data: object, known: Decoded | None = None) -> tuple[Encoded, Decoded]:
+    """Encode definitions as the SDK hands them over.
+
+    Returns the bytes, and `data` itself as `Decoded`: its publisher keeps the objects it was given.
+    Items that stand in `known` are not examined again. Raises `InvalidDefinitionsError` for a wrong
+    shape, for values that JSON does not have, and for nesting deeper than msgpack's 511 levels.
+    """
+    definitions = _checked_shape(data)
+    envelope = dict(definitions)
+    envelope["flags"] = envelope["cohorts"] = None
+    flags, cohorts = definitions["flags"], definitions["cohorts"]
+    values: list[Any] = [envelope, *flags]
+    values.extend([key, cohort] for key, cohort in cohorts.items())
+
+    packer = msgpack.Packer(strict_types=True)
+    seen = known.items if known is not None else {}
+    packed: list[bytes] = []
+    entries: list[bytes] = []
+    objects: dict[bytes, Any] = {}
+    for number, value in enumerate(values):
+        item, plain = _pack(packer, value, number, len(flags))
+        digest = digest_of(item)
+        # msgpack also takes bytes and keys that are no strings; what a reader would refuse is
+        # refused here. Bytes seen before were examined when they were first seen.
+        if plain and digest not in seen:
+            _require_plain(value, number, len(flags))
+        packed.append(item)
+        entries.append(ENTRY.pack(len(item), digest))
+        objects[digest] = value
+    index = b"".join(entries)
+    digest = content_digest(index, len(flags), len(cohorts))
+    encoded = Encoded(len(flags), len(cohorts), index, packed, digest)
+    return encoded, Decoded(definitions, digest, objects)
+
+
+def decode(
+    index: memoryview,
+    body: memoryview,
+    flag_count: int,
+    cohort_count: int,
+    digest: bytes,
+    known: Decoded | None = None,
+) -> Decoded:
+    """Decode definitions, reusing the objects of every item that stands in `known`.
+
+    `index` must have been checked against `digest`; each item is checked against its digest before it is decoded.
+    Raises `DamagedSnapshotError` for anything that `encode` would not have written.
+    """
+    seen = known.items if known is not None else {}
+    objects: dict[bytes, Any] = {}
+    values: list[Any] = []
+    offset = 0
+    with collector_paused():
+        for length, key in ENTRY.iter_unpack(index):
+            value = seen.get(key)
+            if value is None:
+                value = _unpack(body[offset : offset + length], length, key)
+            objects[key] = value
+            values.append(value)
+            offset += length
+        if offset != len(body) or len(values) != 1 + flag_count + cohort_count:
+            raise DamagedSnapshotError("index and payload do not fit each other")
+        try:
+            definitions: Definitions = dict(values[0])
+            definitions["flags"] = values[1 : 1 + flag_count]
+            definitions["cohorts"] = {key: value for key, value in values[1 + flag_count :]}
+            _checked_shape(definitions)
+        except (TypeError, ValueError, InvalidDefinitionsError) as error:
+            raise DamagedSnapshotError(f"items of a wrong shape: {error}") from None
+    return Decoded(definitions, digest, objects)
+
+
+def check_items(index: memoryview, body: memoryview) -> None:
+    """Raise `DamagedSnapshotError` unless every item's bytes have the digest of its entry."""
+    offset = 0
+    for length, digest in ENTRY.iter_unpack(index):
+        if digest_of(body[offset : offset + length]) != digest:
+            raise DamagedSnapshotError("an item's bytes do not match its digest")
+        offset += length
+    if offset != len(body):
+        raise DamagedSnapshotError("index and payload do not fit each other")
+
+
+def _checked_shape(data: object) -> Definitions:
+    if not isinstance(data, dict):
+        raise InvalidDefinitionsError(
+            f"definitions are a dict with flags, group_type_mapping and cohorts, not {_kind(data)}"
+        )
+    for name, kind in (("flags", list), ("group_type_mapping", dict), ("cohorts", dict)):
+        if name not in data:
+            raise InvalidDefinitionsError(f"definitions lack {name!r}; they have {list(data)!r}")
+        if not isinstance(data[name], kind):
+            raise InvalidDefinitionsError(
+                f"definitions[{name!r}] is {_kind(data[name])}, not a {kind.__name__}"
+            )
+    for number, flag in enumerate(data["flags"]):
+        if type(flag) is not dict:
+            raise InvalidDefinitionsError(f"flags[{number}] is {_kind(flag)}, not a dict")
+    for key in data["cohorts"]:
+        if type(key) is not str:
+            raise InvalidDefinitionsError(f"cohorts has the key {key!r}; JSON has only strings")
+    return data
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _place(number: int, flag_count: int) -> str:
+    if number == 0:
+        return "definitions"
+    return f"flags[{number - 1}]" if number <= flag_count else f"cohort {number - flag_count - 1}"
+
+
+def _pack(packer: msgpack.Packer, value: Any, number: int, flag_count: int) -> tuple[bytes, bool]:
+    """The item's bytes, and whether they are msgpack all through (not JSON text)."""
+    try:
+        try:
+            return packer.pack(value), True
+        except UnicodeEncodeError:
+            lenient = msgpack.Packer(strict_types=True, unicode_errors="surrogatepass")
+            return lenient.pack(value), True
+        except OverflowError:
+            _require_plain(value, number, flag_count)
+            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+            return msgpack.packb(text, unicode_errors="surrogatepass"), False
+    except InvalidDefinitionsError:
+        raise
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise InvalidDefinitionsError(
+            f"{_place(number, flag_count)} cannot be stored: {error}",
+            remedy="only what JSON can express, at most 511 levels deep, can be shared",
+        ) from None
+
+
+def _require_plain(value: Any, number: int, flag_count: int) -> None:
+    """Raise `InvalidDefinitionsError` unless `value` is of JSON's types all through."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        kind = type(part)
+        if kind is dict:
+            for key in part:
+                if type(key) is not str:
+                    raise InvalidDefinitionsError(
+                        f"{_place(number, flag_count)} has the key {key!r}; JSON has only strings"
+                    )
+            waiting.extend(part.values())
+        elif kind is list:
+            waiting.extend(part)
+        elif kind not in _PLAIN_TYPES:
+            raise InvalidDefinitionsError(
+                f"{_place(number, flag_count)} holds {_kind(part)}, which JSON does not have"
+            )
+
+
+def _unpack(item: memoryview, length: int, digest: bytes) -> Any:
+    if len(item) != length or digest_of(item) != digest:
+        raise DamagedSnapshotError("an item's bytes do not match its digest")
+    try:
+        value = msgpack.unpackb(item, **_PLAIN_JSON_ONLY)
+        if type(value) is str:
+            value = json.loads(value)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise DamagedSnapshotError(f"an item cannot be decoded: {error}") from None
+    if value is None:
+        raise DamagedSnapshotError("an item is null")
+    return value
+
+
+_pause_lock = threading.Lock()
+_pauses = 0
+_collector_was_on = False
+
+
+def _end_inherited_pauses() -> None:
+    """In a forked child: the threads that had paused the collector are not here to resume it."""
+    global _pause_lock, _pauses
+    _pause_lock = threading.Lock()
+    if _pauses and _collector_was_on:
+        gc.enable()
+    _pauses = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_inherited_pauses)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Run the block without the cyclic collector, and restore it as it was found.
+
+    Decoding makes a great many objects and no garbage; the collector would walk them all, again
+    and again (at 5,000 flags more than two thirds of the time). Nested and concurrent blocks count.
+    """
+    global _pauses, _collector_was_on
+    with _pause_lock:
+        if _pauses == 0:
+            _collector_was_on = gc.isenabled()
+            gc.disable()
+        _pauses += 1
+    try:
+        yield
+    finally:
+        with _pause_lock:
+            _pauses -= 1
+            if _pauses == 0 and _collector_was_on:
+                gc.enable()

@@ -1,0 +1,55 @@
+"""The log: one logger, `shmflags`. Events once each; repeated trouble once a minute, with a count."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+logger = logging.getLogger("shmflags")
+
+_REPEAT_S = 60.0
+
+
+class Journal:
+    """Logs for one provider; every line carries the service key and the pid."""
+
+    def __init__(self, service_key: str) -> None:
+        self._service_key = service_key
+        self._lock = threading.Lock()
+        self._last: dict[str, float] = {}
+        self._held_back: dict[str, int] = {}
+
+    def after_fork(self) -> None:
+        """In a forked child: a lock that another thread held would never be released."""
+        self._lock = threading.Lock()
+
+    def event(self, message: str, pid: int, generation: int) -> None:
+        """Something happened, once: elected, yielded, published, …"""
+        logger.info("%s [%s pid %d generation %d]", message, self._service_key, pid, generation)
+
+    def trouble(self, what: str, error: object, pid: int, *, level: int = logging.WARNING) -> None:
+        """Something is wrong, and may be wrong again at the next poll."""
+        kind = f"{what}: {type(error).__name__}"
+        now = time.monotonic()
+        with self._lock:
+            last = self._last.get(kind)
+            if last is not None and now - last < _REPEAT_S:
+                self._held_back[kind] = self._held_back.get(kind, 0) + 1
+                return
+            self._last[kind] = now
+            repeats = self._held_back.pop(kind, 0)
+        # An unforeseen error comes with its traceback: it is a bug, and its report is precious.
+        foreseen = not isinstance(error, Exception) or type(error).__module__ == "shmflags.errors"
+        logger.log(
+            level,
+            "%s: %s%s [%s pid %d]",
+            what,
+            error if foreseen else f"{type(error).__name__}: {error}",
+            f" (and {repeats} times more since the last such line)" if repeats else "",
+            self._service_key,
+            pid,
+            exc_info=error
+            if isinstance(error, Exception) and not foreseen and not isinstance(error, OSError)
+            else None,
+        )

@@ -1,0 +1,161 @@
+"""What one process is, for one provider: token, page, slot, locks. Never shared with a child.
+
+A fork makes another process; a change of the effective user makes another one too, whose files lie
+elsewhere. Both are recognised at the next call by (pid, euid), hooks or no hooks, and get a member of
+their own. What may be handed on (definitions, what the client received, the client itself) is the
+provider's; what stands here is not handed on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from shmflags import codec, page
+from shmflags.election import Election
+from shmflags.journal import Journal
+from shmflags.page import ControlPage, Fence
+from shmflags.processes import NOBODY, Host, Identity
+from shmflags.runtime_dir import locate
+from shmflags.settings import Settings
+from shmflags.snapshot import Position, Signature
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A fetch that could not be written yet: the SDK will never give it again."""
+
+    encoded: codec.Encoded
+    decoded: codec.Decoded
+    fence: Fence
+
+
+class _ThreadState(threading.local):
+    """Per thread: the fence noted when it was told to fetch, and whether its last fetch failed."""
+
+    fence: Fence | None = None
+    fetch_failed: bool = False
+
+
+class Member:
+    """One provider in one process."""
+
+    def __init__(self, settings: Settings, host: Host, journal: Journal) -> None:
+        self.account = host.account()
+        self.pid = self.account[0]
+        self.identity = host.identity()
+        self.token = host.random_word()
+        self.directory = locate(settings.directory, settings.service_key, self.account[1])
+        self.lock = threading.RLock()
+        self.thread = _ThreadState()
+        self.election = Election(
+            host=host,
+            token=self.token,
+            identity=self.identity,
+            interval_ns=settings.interval_ns,
+            lease_ns=settings.lease_ns,
+            max_term_ns=settings.max_term_ns,
+        )
+        self.pending: Pending | None = None
+        self.tended: Signature | None = None
+        self.cold_deadline_ns: int | None = None
+        self.busy_until_ns = 0
+        self.closed = False
+        # The position that we held when a page was lost, if it was the newest one then, and the
+        # incarnation of the page that came in its place: only then may we write it again there.
+        self.newest_before: tuple[Position, int] | None = None
+        self._settings = settings
+        self._host = host
+        self._journal = journal
+        self._page: ControlPage | None = None
+        self._slot = -1
+
+    @property
+    def known_page(self) -> ControlPage | None:
+        """The page as last attached; touches no file."""
+        return self._page
+
+    @property
+    def owner(self) -> str:
+        """A name for temporary files of ours, by which another process tells whether we live."""
+        who = self.identity
+        nonce = self._host.random_word()
+        return f"{who.pid}-{who.start_ticks}-{who.pid_namespace}-{nonce:x}"
+
+    def is_litter(self, owner: str) -> bool:
+        """Whether the writer of a temporary file is provably dead."""
+        parts = owner.split("-")
+        try:
+            writer = Identity(int(parts[0]), int(parts[1]), int(parts[2]))
+        except (ValueError, IndexError):
+            return False
+        return writer != NOBODY and self._host.is_provably_dead(writer)
+
+    def inherit(self, parent: Member) -> None:
+        """Right after a fork, in the child: the map is shared, the locks are the parent's."""
+        if parent._page is not None:
+            parent._page.abandon_locks()
+            if parent.directory == self.directory:
+                self._page = parent._page
+
+    def page(self, held: Position) -> ControlPage:
+        """The page, attached again if it was removed or replaced; `held` is what we have loaded.
+
+        Raises `UnsafePathError` or `OSError`.
+        """
+        last = self._page
+        if last is not None and last.is_at_its_path():
+            return last
+        with self.lock:
+            self.directory.prepare(self._warn)
+            found = page.attach(
+                self.directory, self._host, self.owner, self._settings.max_bytes, last
+            )
+            if last is not None and held == last.last_position():
+                self.newest_before = (held, found.incarnation)
+            self._page = found
+            self._slot = -1
+            self.tended = None
+            return found
+
+    def holds_newest(self, attached: ControlPage, held: Position) -> bool:
+        """Whether `held` is the newest snapshot there ever was, so that it may be written again."""
+        if not held.generation:
+            return False
+        if held == attached.last_position():
+            return True
+        return (
+            self.newest_before == (held, attached.incarnation)
+            and not attached.last_position().generation
+        )
+
+    def note_poll(self, attached: ControlPage) -> None:
+        """Show that we live: in our slot of the worker table, which is taken at the first poll.
+
+        Raises `LockTimeoutError` or `PageReplacedError`.
+        """
+        if attached.note_poll(self._slot, self.token):
+            return
+        with attached.locked():
+            self._slot = attached.register(
+                self.token,
+                self.identity,
+                self._settings.interval_ns,
+                self._settings.electable,
+            )
+
+    def note_loaded(self, attached: ControlPage, position: Position) -> None:
+        attached.note_loaded(self._slot, self.token, position)
+
+    def leave(self, attached: ControlPage) -> None:
+        """Free our lease and our slot. Raises `LockTimeoutError` or `PageReplacedError`."""
+        attached.release(self._slot, self.token)
+        if self.election.resign(attached):
+            generation = attached.position().generation
+            self._journal.event("yielded: shut down", self.pid, generation)
+
+    def _warn(self, sentence: str) -> None:
+        self._journal.trouble(
+            "the directory is not as it should be", sentence, self.pid, level=logging.WARNING
+        )

@@ -1,0 +1,477 @@
+"""The provider: `SharedMemoryFlagCache`. The life of one poll, room by room.
+
+1.  The SDK's poller calls `should_fetch_flag_definitions`. `member.py` tells whether this is still
+    the process it was; after a fork or a change of user there is a new member, which inherits what
+    was decoded, and nothing else.
+2.  `page.py` maps the control page, or finds it mapped; `runtime_dir.py` has checked that nobody
+    else can touch it. The worker's slot gets the time.
+3.  `election.py` answers. A follower reads a few words, finds a live leader, and the answer is
+    False. The leader renews its lease under the page's lock, `publication.py` looks after the
+    snapshot, and if the host's last grant is half an interval old the answer is True; what may
+    later be published is noted first, as a fence. With an `upstream`, it is asked before the API.
+4.  True: the SDK fetches, and on a 200 calls `on_flag_definitions_received`. `codec.py` encodes,
+    `snapshot.py` writes a draft, and `publication.py` puts it in place if nothing overtook the
+    fetch. On a 304 the SDK calls nothing.
+5.  False: the SDK calls `get_flag_definitions`. The page names a position; if it is the one that
+    was loaded, the same objects are handed out again (or None, where `attachment.py` sees that the
+    client has them). Else `snapshot.py` maps the new one and `codec.py` decodes what changed.
+6.  Between polls `watcher.py` compares the page's position with ours and has the client poll at once.
+
+None of the four methods raises, as the SDK takes an exception for "fetch": what goes wrong goes to
+`journal.py`, and the answer is the safe one. None of them waits, but for the one cold start: nothing
+to serve yet, and somebody is fetching. That wait has one deadline per process; after it the answer
+is empty definitions, which keep the SDK from asking again at each evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from shmflags import codec, publication, settings, snapshot
+from shmflags.attachment import Attachment
+from shmflags.contract import Definitions
+from shmflags.election import ClientState, Outcome
+from shmflags.errors import (
+    DamagedSnapshotError,
+    InvalidDefinitionsError,
+    LockTimeoutError,
+    PageReplacedError,
+    UnsafePathError,
+)
+from shmflags.journal import Journal
+from shmflags.member import Member, Pending
+from shmflags.page import ControlPage
+from shmflags.processes import Host
+from shmflags.publication import Result
+from shmflags.snapshot import DEFAULT_MAX_BYTES, NOTHING, Position
+from shmflags.watcher import Watcher
+
+_WAIT_S = 0.01
+_UNKNOWN_DIGEST = b"could not be encoded"
+
+
+def _empty_definitions() -> Definitions:
+    return {"flags": [], "group_type_mapping": {}, "cohorts": {}}
+
+
+class SharedMemoryFlagCache:
+    """PostHog's `FlagDefinitionCacheProvider` in shared memory: one fetch per host.
+
+    `service_key`         names the group of workers: one per PostHog project and environment
+    `directory`           base of the files; default $SHMFLAGS_DIR, else /dev/shm, else the
+                          temporary directory
+    `poll_interval`       seconds; the client's own `poll_interval`
+    `cold_start_timeout`  seconds that a process waits, once, for the host's first publish
+    `lease_ttl`           seconds without a poll after which a leader is deposed; default
+                          max(3 * poll_interval, 45)
+    `max_term`            seconds that one process may lead before it makes way for another;
+                          default 60 * poll_interval
+    `role`                "auto", or "reader": is never elected and never publishes
+    `upstream`            another provider, asked by the host's leader before the API
+    `max_bytes`           the largest snapshot that is written or read
+
+    Raises `TypeError` or `ValueError` for wrong arguments, and `UnsupportedPlatformError` on
+    Windows. Touches no file: a server may build it as root and run its workers as another user.
+    """
+
+    def __init__(
+        self,
+        service_key: str,
+        *,
+        directory: str | os.PathLike[str] | None = None,
+        poll_interval: float = 30.0,
+        cold_start_timeout: float = 5.0,
+        lease_ttl: float | None = None,
+        max_term: float | None = None,
+        role: str = "auto",
+        upstream: object | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+    ) -> None:
+        self._settings = settings.check(
+            service_key,
+            directory,
+            poll_interval,
+            cold_start_timeout,
+            lease_ttl,
+            max_term,
+            role,
+            upstream,
+            max_bytes,
+        )
+        self._host = Host()
+        self._journal = Journal(service_key)
+        self._member: Member | None = None
+        self._member_lock = threading.Lock()
+        # What a fork hands on:
+        self._loaded: codec.Decoded | None = None
+        self._position: Position = NOTHING
+        self._received: bytes | None = None
+        self._attachment: Attachment | None = None
+        self._watchers: list[Watcher] = []
+        if hasattr(os, "register_at_fork"):
+            this = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: _after_fork(this))
+
+    # -- PostHog's protocol
+
+    def should_fetch_flag_definitions(self) -> bool:
+        """True if this process is to fetch from the API now. Never raises, never waits."""
+        member = None
+        try:
+            member = self._me()
+            return self._poll(member)
+        except LockTimeoutError as error:
+            if member is not None:
+                self._note_busy(member, error)
+            return False
+        except PageReplacedError:
+            return False  # Attached again at the next poll.
+        except Exception as error:
+            self._complain("no shared cache, so this worker fetches for itself", error)
+            return self._settings.electable
+
+    def get_flag_definitions(self) -> Any:
+        """The host's definitions: `flags`, `group_type_mapping`, `cohorts` and what else there is.
+
+        None means "fetch now", or, to an attached client, "you have them". Never raises; waits at
+        most once per process, for `cold_start_timeout`.
+        """
+        try:
+            member = self._me()
+            return self._hand_out(member, self._current(member)) or self._first(member)
+        except _Unchanged:
+            return None
+        except Exception as error:
+            self._complain("definitions cannot be had from the shared cache", error)
+            return self._loaded.definitions if self._loaded is not None else None
+
+    def on_flag_definitions_received(self, data: Any) -> None:
+        """Publish what this process fetched, unless something newer was published meanwhile.
+
+        Never raises: data that cannot be stored is logged, and what is served stays as it is.
+        """
+        try:
+            self._receive(self._me(), data)
+        except Exception as error:
+            self._complain("what was fetched could not be published", error)
+
+    def shutdown(self) -> None:
+        """Hand leadership over at once and stop the watcher. Idempotent; never raises."""
+        try:
+            watchers, self._watchers = self._watchers, []
+            for watcher in watchers:
+                watcher.stop()
+            member = self._me()
+            if not member.closed:
+                member.closed = True
+                page = member.known_page
+                if page is not None and page.is_at_its_path():
+                    member.leave(page)
+        except Exception as error:
+            self._complain("shutdown could not hand over", error)
+
+    # -- beyond the protocol
+
+    def attach(self, client: Any, *, watch: bool = True, interval: float = 0.05) -> None:
+        """Tell the cache which `posthog.Posthog` client it serves; one client per cache.
+
+        Then an unchanged poll is free, a stale ETag is cleared, and (unless `watch` is False) a
+        thread has the client poll as soon as something was published, looking every `interval`
+        seconds. The client is held weakly. Raises `TypeError` or `ValueError` for what is no client
+        of this cache, or a second one.
+        """
+        attachment = Attachment(client, self)
+        present = self._attachment
+        if present is not None and present.is_live:
+            if not present.is_client(client):
+                raise ValueError(
+                    "this cache already serves another live client; make one cache per client"
+                )
+            return
+        self._attachment = attachment
+        told_s, ours_s = attachment.poll_interval_s(), self._settings.interval_ns / 1e9
+        if told_s is not None and abs(told_s - ours_s) > 0.01 * ours_s:
+            self._complain(
+                "poll_interval differs",
+                f"the client polls every {told_s:g} s, the cache was told {ours_s:g} s; "
+                "give both the same",
+            )
+        if watch:
+            self.watch(attachment.reload, interval)
+
+    def watch(self, callback: Callable[[], object], interval: float = 0.05) -> Watcher:
+        """Call `callback()` whenever this process is behind what is published, or nobody leads.
+
+        A daemon thread looks every `interval` seconds; it survives fork, and `shutdown` or its own
+        `stop()` ends it. An exception in `callback` is logged. Raises `TypeError` or `ValueError`.
+        """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, not {callback!r}")
+        interval_s = settings.seconds("interval", interval, above=0.0)
+        watcher = Watcher(
+            self._notice,
+            callback,
+            interval_s,
+            lambda error: self._complain("a watcher's callback failed", error),
+        )
+        self._watchers.append(watcher)
+        return watcher
+
+    # -- one poll
+
+    def _me(self) -> Member:
+        """The member that this process is; a new one after a fork or a change of user."""
+        member = self._member
+        if member is not None and member.account == self._host.account():
+            return member
+        pid_changed = member is not None and member.pid != self._host.account()[0]
+        if pid_changed:
+            # Locks of the parent's threads, which did not come along.
+            self._member_lock = threading.Lock()
+            self._journal.after_fork()
+        with self._member_lock:
+            if self._member is member:
+                successor = Member(self._settings, self._host, self._journal)
+                if member is not None and pid_changed:
+                    successor.inherit(member)
+                self._member = successor
+                if pid_changed:
+                    self._restart_watchers()
+            found = self._member
+            assert found is not None
+            return found
+
+    def _poll(self, member: Member) -> bool:
+        member.thread.fetch_failed = member.thread.fence is not None
+        member.thread.fence = None
+        page = member.page(self._position)
+        if self._host.now_ns() < member.busy_until_ns:
+            return False
+        member.note_poll(page)
+        if member.pending is not None:
+            self._publish(member, page, member.pending)
+        if not self._settings.electable or member.closed or not member.election.may_lead(page):
+            return False
+        with member.lock:
+            self._tend(member, page)
+            outcome = member.election.poll(page, self._client_state())
+        return self._act_on(member, page, outcome)
+
+    def _act_on(self, member: Member, page: ControlPage, outcome: Outcome) -> bool:
+        """Log what happened and note the fence; True if a fetch was granted."""
+        for event in outcome.events:
+            self._journal.event(event, member.pid, page.position().generation)
+        if outcome.clear_etag and self._attachment is not None:
+            self._attachment.clear_etag()
+        member.thread.fence = outcome.fence
+        return outcome.fence is not None
+
+    def _tend(self, member: Member, page: ControlPage) -> None:
+        """Look after the snapshot, as the leader does at each poll."""
+        holding = self._loaded if member.holds_newest(page, self._position) else None
+        if not publication.needs_tending(page, member.tended, holding):
+            return
+        try:
+            tended = publication.tend(
+                page, self._host, holding, member.owner, self._settings.max_bytes
+            )
+        except (OSError, UnsafePathError) as error:
+            self._complain("the snapshot could not be restored", error)
+            return
+        member.tended = tended.signature
+        if tended.restored is not None:
+            self._position = tended.restored
+        if tended.event:
+            self._journal.event(tended.event, member.pid, page.position().generation)
+        publication.clear_litter(page, member.is_litter)
+
+    def _client_state(self) -> ClientState:
+        attached = self._attachment is not None and self._attachment.is_live
+        return ClientState(self._received, self._position, attached)
+
+    # -- definitions in
+
+    def _receive(self, member: Member, data: object) -> None:
+        fence, member.thread.fence = member.thread.fence, None
+        member.election.note_received()
+        self._received = _UNKNOWN_DIGEST
+        try:
+            encoded, decoded = codec.encode(data, self._loaded)
+        except InvalidDefinitionsError as error:
+            self._complain("what was fetched cannot be shared, and what was served stays", error)
+            return
+        self._received = decoded.digest
+        if not self._settings.electable or member.closed:
+            return
+        page = member.page(self._position)
+        if fence is None:
+            if page.is_serving():
+                self._complain("dropped", "definitions that nobody was told to fetch")
+                return
+            fence = page.fence()
+        self._publish(member, page, Pending(encoded, decoded, fence))
+
+    def _publish(self, member: Member, page: ControlPage, pending: Pending) -> None:
+        size = pending.encoded.size
+        if size > self._settings.max_bytes:
+            member.pending = None
+            self._complain(
+                "what was fetched is not shared, and what was served stays",
+                f"it takes {size} bytes; max_bytes is {self._settings.max_bytes}",
+            )
+            return
+        try:
+            done = publication.publish(
+                page,
+                self._host,
+                pending.encoded,
+                pending.fence,
+                member.owner,
+                self._settings.max_bytes,
+            )
+        except (OSError, LockTimeoutError, PageReplacedError, UnsafePathError) as error:
+            member.pending = pending
+            self._complain("a publish waits for the next poll", error)
+            return
+        member.pending = None
+        generation = done.position.generation
+        if done.result is Result.DROPPED:
+            self._journal.event(
+                "dropped: what was fetched, as something newer was published",
+                member.pid,
+                generation,
+            )
+            return
+        with member.lock:
+            self._loaded, self._position = pending.decoded, done.position
+            member.tended = snapshot.signature(page.directory.snapshot_path)
+        member.note_loaded(page, done.position)
+        if done.result is Result.PUBLISHED:
+            flags, cohorts = pending.encoded.flag_count, pending.encoded.cohort_count
+            self._journal.event(
+                f"published: {flags} flags, {cohorts} cohorts, {size} bytes", member.pid, generation
+            )
+
+    # -- definitions out
+
+    def _current(self, member: Member) -> codec.Decoded | None:
+        """What this process is to serve now: loaded before, or loaded here if there is a newer one."""
+        page = member.page(self._position)
+        pending = member.pending
+        if pending is not None and pending.fence.count == page.fence().count:
+            return pending.decoded
+        if page.is_serving() and page.position() != self._position:
+            with member.lock:
+                if page.position() != self._position:
+                    self._load(member, page)
+        return self._loaded
+
+    def _load(self, member: Member, page: ControlPage) -> None:
+        wanted = page.position()
+        try:
+            found = snapshot.read(page.directory, self._settings.max_bytes, self._loaded)
+        except (FileNotFoundError, DamagedSnapshotError, UnsafePathError) as error:
+            page.report_damage(wanted)
+            self._complain("the snapshot cannot be read; the leader will mend it", error)
+            return
+        except OSError as error:
+            self._complain("the snapshot cannot be opened; tried again at the next poll", error)
+            return
+        position = found.header.position
+        last = page.last_position()
+        of_this_boot = found.header.boot_id == self._host.boot_id()
+        is_current = position == last or publication.is_successor(position, last, page.incarnation)
+        if of_this_boot and is_current:
+            self._loaded, self._position = found.decoded, position
+            member.note_loaded(page, position)
+
+    def _hand_out(self, member: Member, decoded: codec.Decoded | None) -> Definitions | None:
+        """The definitions to return; raises `_Unchanged` if the attached client has this very list."""
+        if decoded is None:
+            return None
+        attachment = self._attachment
+        if attachment is not None and attachment.holds(decoded.definitions["flags"]):
+            raise _Unchanged
+        return decoded.definitions
+
+    def _first(self, member: Member) -> Definitions | None:
+        """Nothing to serve: fetch if nobody does, else wait for the first publish, once."""
+        with member.lock:
+            if member.cold_deadline_ns is None:
+                member.cold_deadline_ns = self._host.now_ns() + self._settings.cold_start_ns
+            deadline_ns = member.cold_deadline_ns
+        # Whoever comes back without having published will not find anything by waiting.
+        while self._host.now_ns() < deadline_ns and not member.thread.fetch_failed:
+            page = member.page(self._position)
+            if self._settings.electable and self._take_over(member, page):
+                return None
+            self._host.sleep(_WAIT_S)
+            decoded = self._current(member)
+            if decoded is not None:
+                return self._hand_out(member, decoded)
+        return _empty_definitions()
+
+    def _take_over(self, member: Member, page: ControlPage) -> bool:
+        if member.closed or self._host.now_ns() < member.busy_until_ns:
+            return False
+        try:
+            with member.lock:
+                outcome = member.election.take_over(page, self._client_state())
+        except LockTimeoutError as error:
+            self._note_busy(member, error)
+            return False
+        except PageReplacedError:
+            return False
+        return self._act_on(member, page, outcome)
+
+    # -- between polls
+
+    def _notice(self) -> Hashable | None:
+        """What a watcher should see to: we are behind, or nobody leads. Touches no file."""
+        member = self._me()
+        page = member.known_page
+        if page is None or member.closed:
+            return None
+        if page.is_serving() and page.position() != self._position and member.pending is None:
+            return page.position()
+        if self._settings.electable:
+            lease = page.lease()
+            if lease.token != member.token and member.election.may_lead(page):
+                return ("vacant", lease.term)
+        return None
+
+    def _restart_watchers(self) -> None:
+        for watcher in self._watchers:
+            try:
+                watcher.restart()
+            except RuntimeError as error:  # No more threads to be had.
+                self._complain("a watcher could not be started", error)
+
+    # -- trouble
+
+    def _note_busy(self, member: Member, error: LockTimeoutError) -> None:
+        member.busy_until_ns = self._host.now_ns() + self._settings.interval_ns // 2
+        self._complain("no election for half an interval", error)
+
+    def _complain(self, what: str, error: object) -> None:
+        try:
+            self._journal.trouble(what, error, os.getpid())
+        except Exception:
+            pass  # A broken log handler must not become a stampede on the API.
+
+
+class _Unchanged(Exception):
+    """The attached client already has what would be handed out."""
+
+
+def _after_fork(this: weakref.ref[SharedMemoryFlagCache]) -> None:
+    cache = this()
+    if cache is not None and cache._watchers:
+        try:
+            cache._me()
+        except Exception as error:
+            cache._complain("a watcher could not be started", error)

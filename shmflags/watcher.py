@@ -1,0 +1,73 @@
+"""The thread that notices, between two polls, that there is something to do.
+
+It looks at a few words of the mapped page, some twenty times a second, and calls back when this
+process is behind the published generation, or when nobody leads. It takes no lock and touches no file.
+Calls back do not multiply requests: a grant is due or it is not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+
+_AGAIN_S = 1.0
+
+
+class Watcher:
+    """A daemon thread that calls `callback()` whenever `notice()` has something new.
+
+    `notice` returns None, or what is to be seen: the same thing is reported at once the first
+    time, and then once a second while it lasts. It survives a fork through `restart`.
+    """
+
+    def __init__(
+        self,
+        notice: Callable[[], Hashable | None],
+        callback: Callable[[], object],
+        interval_s: float,
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self._notice = notice
+        self._callback = callback
+        self._interval_s = interval_s
+        self._on_error = on_error
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the thread; in a forked child, where the parent's did not come along, start it anew."""
+        if self._stop.is_set():
+            return
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(self._stop,), name="shmflags-watcher", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; at most a running callback is waited for, and not from within it."""
+        self._stop.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=1.0)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _run(self, stop: threading.Event) -> None:
+        seen: Hashable | None = None
+        wait_s = self._interval_s
+        quiet_s = 0.0
+        while not stop.wait(wait_s):
+            quiet_s += wait_s
+            try:
+                found = self._notice()
+                if found is None:
+                    seen = None
+                elif found != seen or quiet_s >= _AGAIN_S:
+                    seen, quiet_s = found, 0.0
+                    self._callback()
+            except Exception as error:
+                self._on_error(error)
