@@ -238,9 +238,9 @@ class Election:
         fruitless = self._is_fruitless(now_ns)
         if fruitless:
             self._outstanding = None
-        others_live = (
-            fruitless or now_ns - lease.elected_ns > self.max_term_ns
-        ) and self._others_live(page, now_ns)
+        others_live = (fruitless or now_ns - lease.elected_ns > self.max_term_ns) and self._others_live(
+            page, now_ns
+        )
         if others_live:
             page.vacate()
             self._leads = False
@@ -287,9 +287,7 @@ class Election:
             trusted = _trusts(page, client)
             clear_etag = not trusted and client.attached
             must_publish = not serving or not (trusted or client.attached)
-            self._outstanding = (
-                _Outstanding(threading.get_ident(), now_ns) if must_publish else None
-            )
+            self._outstanding = _Outstanding(threading.get_ident(), now_ns) if must_publish else None
             page.write_grant(
                 Grant(
                     at_ns=now_ns,
@@ -315,7 +313,7 @@ class Election:
             and worker.token != self.token
             and now_ns - worker.last_poll_ns <= worker.interval_ns * 5 // 2
             and not self.host.is_provably_dead(worker.identity)
-            for worker in page.workers()
+            for worker in page.workers.rows()
         )
 
 

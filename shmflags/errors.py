@@ -34,9 +34,7 @@ class ShmFlagsError(Exception):
         return _rebuild, (type(self), self.reason, self.path, self.remedy)
 
 
-def _rebuild(
-    kind: type[ShmFlagsError], reason: str, path: str | None, remedy: str
-) -> ShmFlagsError:
+def _rebuild(kind: type[ShmFlagsError], reason: str, path: str | None, remedy: str) -> ShmFlagsError:
     return kind(reason, path=path, remedy=remedy)
 
 

@@ -12,7 +12,7 @@ import logging
 import threading
 from dataclasses import dataclass
 
-from shmflags import codec, page
+from shmflags import codec, page_file
 from shmflags.election import Election
 from shmflags.journal import Journal
 from shmflags.page import ControlPage, Fence
@@ -109,7 +109,7 @@ class Member:
             return last
         with self.lock:
             self.directory.prepare(self._warn)
-            found = page.attach(
+            found = page_file.attach(
                 self.directory, self._host, self.owner, self._settings.max_bytes, last
             )
             if last is not None and held == last.last_position():
@@ -135,10 +135,10 @@ class Member:
 
         Raises `LockTimeoutError` or `PageReplacedError`.
         """
-        if attached.note_poll(self._slot, self.token):
+        if attached.workers.note_poll(self._slot, self.token):
             return
         with attached.locked():
-            self._slot = attached.register(
+            self._slot = attached.workers.register(
                 self.token,
                 self.identity,
                 self._settings.interval_ns,
@@ -146,11 +146,11 @@ class Member:
             )
 
     def note_loaded(self, attached: ControlPage, position: Position) -> None:
-        attached.note_loaded(self._slot, self.token, position)
+        attached.workers.note_loaded(self._slot, self.token, position)
 
     def leave(self, attached: ControlPage) -> None:
         """Free our lease and our slot. Raises `LockTimeoutError` or `PageReplacedError`."""
-        attached.release(self._slot, self.token)
+        attached.workers.release(self._slot, self.token)
         if self.election.resign(attached):
             generation = attached.position().generation
             self._journal.event("yielded: shut down", self.pid, generation)

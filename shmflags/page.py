@@ -28,42 +28,29 @@ written under the page's lock. Readers without the lock take single words as hin
     34      wall time of the last grant, ns
     36-37   who holds the page's lock: pid (0: nobody), since when (CLOCK_MONOTONIC ns)
     40-     counters, one word each (COUNTERS)
-    128-    worker table: SLOTS slots of 16 words each:
-        0       token, 0 if the slot is free
-        1-3     pid, start time in ticks, pid namespace
-        4       wall time of its first poll, ns
-        5       its last poll, CLOCK_MONOTONIC ns
-        6-7     position of the snapshot it has loaded
-        8       its poll_interval, ns
-        9       how far apart its polls are, smoothed, ns
-        10      1 if it may be elected, else 0
+    128-    the worker table (worker_table.py)
 
 The page is its own lock: `flock` on a descriptor opened for the purpose, and held for the length of a
-record update. A page that is not ours to use (wrong size, magic or boot) is replaced, never mended.
+record update.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from shmflags import snapshot
-from shmflags.errors import LockTimeoutError, PageReplacedError, ShmFlagsError, UnsafePathError
+from shmflags.file_lock import FileLock, Inode
 from shmflags.processes import NOBODY, Host, Identity
-from shmflags.runtime_dir import RuntimeDir, may_replace, open_private
-from shmflags.snapshot import NOTHING, Header, Position
+from shmflags.runtime_dir import RuntimeDir
+from shmflags.snapshot import Header, Position
+from shmflags.worker_table import TABLE_WORDS, WorkerTable
 
 _MAGIC = int.from_bytes(b"shmflag1", "big")
 _WORD = 8
 _TABLE = 128
-_SLOT_WORDS = 16
-SLOTS = 256
-PAGE_BYTES = _WORD * (_TABLE + SLOTS * _SLOT_WORDS)
-LOCK_PATIENCE_S = 0.05
-_LOCK_RETRY_S = 0.001
+PAGE_BYTES = _WORD * (_TABLE + TABLE_WORDS)
 _HALF = (1 << 64) - 1
 
 COUNTERS = (
@@ -83,6 +70,7 @@ _TERM, _LEADER, _LENGTH, _DEADLINE, _ELECTED = 16, 17, 21, 22, 23
 _GRANT, _GRANTEE, _ATTEMPTS, _GRANT_WALL = 28, 29, 33, 34
 _LOCK = 36
 _FIRST_COUNTER = 40
+_COUNTER_WORDS = range(_FIRST_COUNTER, _FIRST_COUNTER + len(COUNTERS))
 
 
 @dataclass(frozen=True)
@@ -119,21 +107,6 @@ class Fence:
 
 
 @dataclass(frozen=True)
-class Worker:
-    """One slot of the worker table."""
-
-    slot: int
-    token: int
-    identity: Identity
-    started_wall_ns: int
-    last_poll_ns: int
-    loaded: Position
-    interval_ns: int
-    spacing_ns: int
-    electable: bool
-
-
-@dataclass(frozen=True)
 class LockHolder:
     """Who holds the page's lock; `pid` is 0 if nobody does."""
 
@@ -142,72 +115,51 @@ class LockHolder:
 
 
 class ControlPage:
-    """The mapped page. Made by `attach`; valid in forked children too, as the map is shared."""
+    """The mapped page. Made by `page_file.attach`; valid in forked children too, as the map is shared."""
 
-    def __init__(self, directory: RuntimeDir, host: Host, mapped: mmap.mmap, inode: Inode) -> None:
-        self._directory = directory
+    def __init__(self, directory: RuntimeDir, host: Host, words: memoryview, inode: Inode) -> None:
+        self.directory = directory
+        self.workers = WorkerTable(words[_TABLE:], host)
         self._host = host
-        self._inode = inode
-        self._words = memoryview(mapped).cast("Q")
-        # Descriptors on which this process may hold the lock, for `abandon_locks`.
-        self._descriptors: set[int] = set()
+        self._words = words
+        self._lock = FileLock(directory.page_path, inode, directory.uid, host)
 
     # -- the page as a whole
-
-    @property
-    def directory(self) -> RuntimeDir:
-        return self._directory
 
     @property
     def incarnation(self) -> int:
         return self._words[_INCARNATION]
 
+    def objection(self) -> str:
+        """Why this page cannot be used, "" if it can."""
+        words = self._words
+        if words[0] != _MAGIC or not words[_INCARNATION]:
+            return "is not a control page"
+        if (words[_BOOT] | words[_BOOT + 1] << 64) != self._host.boot_id():
+            return "is from another boot"
+        return ""
+
     def is_at_its_path(self) -> bool:
         """False once the file was removed or replaced; then the caller attaches again."""
-        try:
-            return Inode.of(os.lstat(self._directory.page_path)) == self._inode
-        except OSError:
-            return False
+        return self._lock.guards_its_path()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the page's lock for the block, which must neither wait nor log.
 
-        Raises `LockTimeoutError` after `LOCK_PATIENCE_S`, and `PageReplacedError` if the locked
-        file is not the mapped one, or no longer at the path: such a lock excludes nobody.
+        Raises `LockTimeoutError` or `PageReplacedError`, see `file_lock.py`.
         """
-        from filelock import unlock_descriptor
-
-        pid = os.getpid()
-        path = self._directory.page_path
-        try:
-            descriptor = open_private(path, os.O_RDWR, self._directory.uid)
-        except (FileNotFoundError, UnsafePathError):
-            raise PageReplacedError("is gone or was replaced", path=path) from None
-        self._descriptors.add(descriptor)
-        held = False
-        try:
-            _acquire(descriptor, self._host, path)
-            held = True
-            if Inode.of(os.fstat(descriptor)) != self._inode or not self.is_at_its_path():
-                raise PageReplacedError("was replaced", path=path)
+        with self._lock.held():
             self._words[_LOCK + 1] = self._host.now_ns()
-            self._words[_LOCK] = pid
-            yield
-        finally:
-            # A copy of this frame in a forked child must not unlock: the lock is shared.
-            if pid == os.getpid():
-                if held:
-                    self._words[_LOCK] = 0
-                self._descriptors.discard(descriptor)
-                if held:
-                    unlock_descriptor(descriptor)
-                os.close(descriptor)
+            self._words[_LOCK] = os.getpid()
+            try:
+                yield
+            finally:
+                self._words[_LOCK] = 0
 
     def abandon_locks(self) -> None:
-        """In a forked child: close inherited lock descriptors. Unlocking would free the parent's."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        """In a forked child: let go of what the parent holds, without freeing it."""
+        self._lock.abandon()
 
     def lock_holder(self) -> LockHolder:
         return LockHolder(self._words[_LOCK], self._words[_LOCK + 1])
@@ -329,7 +281,7 @@ class ControlPage:
         words[_GRANT_WALL] = grant.at_wall_ns
         words[_GRANT] = grant.at_ns
 
-    # -- counters and workers: for people to see, never to decide on alone
+    # -- counters: for people to see, never to decide on
 
     def count(self, name: str) -> None:
         """Raise a counter. Without the lock an increment may be lost; they are for people."""
@@ -340,85 +292,6 @@ class ControlPage:
 
     def created_wall_ns(self) -> int:
         return self._words[_CREATED]
-
-    def register(self, token: int, identity: Identity, interval_ns: int, electable: bool) -> int:
-        """Under the lock: take a slot of the worker table, and return its number, -1 if it is full.
-
-        Slots of the provably dead are used again, once there is no free one.
-        """
-        slot = self._free_slot()
-        if slot < 0:
-            return -1
-        base = _TABLE + slot * _SLOT_WORDS
-        words = self._words
-        words[base] = 0
-        self._put_identity(base + 1, identity)
-        words[base + 4] = self._host.wall_ns()
-        words[base + 5] = self._host.now_ns()
-        words[base + 6] = words[base + 7] = 0
-        words[base + 8] = interval_ns
-        words[base + 9] = 0
-        words[base + 10] = 1 if electable else 0
-        words[base] = token
-        return slot
-
-    def _free_slot(self) -> int:
-        bases = range(_TABLE, _TABLE + SLOTS * _SLOT_WORDS, _SLOT_WORDS)
-        for slot, base in enumerate(bases):
-            if self._words[base] == 0:
-                return slot
-        for slot, base in enumerate(bases):
-            if self._host.is_provably_dead(self._identity(base + 1)):
-                return slot
-        return -1
-
-    def note_poll(self, slot: int, token: int) -> bool:
-        """Note in our own slot that we polled; False if the slot is no longer ours."""
-        base = _TABLE + slot * _SLOT_WORDS
-        words = self._words
-        if slot < 0 or words[base] != token:
-            return False
-        now = self._host.now_ns()
-        last = now - words[base + 5]
-        # Polls much closer than the interval are evaluations before the first load, or a watcher.
-        if last > words[base + 8] // 4:
-            words[base + 9] = (3 * words[base + 9] + last) // 4 if words[base + 9] else last
-        words[base + 5] = now
-        return True
-
-    def note_loaded(self, slot: int, token: int, position: Position) -> None:
-        """Note in our own slot which snapshot we have."""
-        base = _TABLE + slot * _SLOT_WORDS
-        if slot >= 0 and self._words[base] == token:
-            self._words[base + 6], self._words[base + 7] = position
-
-    def release(self, slot: int, token: int) -> None:
-        """Give our own slot back."""
-        base = _TABLE + slot * _SLOT_WORDS
-        if slot >= 0 and self._words[base] == token:
-            self._words[base] = 0
-
-    def workers(self) -> list[Worker]:
-        """The slots that are taken, the dead included. Without the lock a row may be half new."""
-        words = self._words
-        rows = []
-        for slot in range(SLOTS):
-            base = _TABLE + slot * _SLOT_WORDS
-            if words[base]:
-                rows.append(
-                    Worker(
-                        slot=slot,
-                        token=words[base],
-                        identity=self._identity(base + 1),
-                        started_wall_ns=words[base + 4],
-                        last_poll_ns=words[base + 5],
-                        loaded=Position(words[base + 6], words[base + 7]),
-                        interval_ns=words[base + 8],
-                        spacing_ns=words[base + 9],
-                        electable=words[base + 10] == 1,
-                    )
-                )
-        return rows
 
     def _identity(self, base: int) -> Identity:
         words = self._words
@@ -431,128 +304,13 @@ class ControlPage:
         words[base + 2] = identity.pid_namespace
 
 
-@dataclass(frozen=True)
-class Inode:
-    """Which file it is, whatever its name."""
+def new_page(
+    directory: RuntimeDir, host: Host, adopted: Header | None, last: ControlPage | None
+) -> bytearray:
+    """The bytes of a new page, serving the snapshot with header `adopted`, if any.
 
-    device: int
-    number: int
-
-    @staticmethod
-    def of(info: os.stat_result) -> Inode:
-        return Inode(info.st_dev, info.st_ino)
-
-
-class _UnusablePage(ShmFlagsError):
-    """A page of another boot, another size, or no page at all."""
-
-
-def attach(
-    directory: RuntimeDir, host: Host, owner: str, max_bytes: int, last: ControlPage | None = None
-) -> ControlPage:
-    """Map the page of `directory`, which is prepared, making it if there is none.
-
-    `last` is the page that this process had until now: a new page goes on from its last grant and
-    term, so that a lost page costs no extra request. Raises `OSError` or `UnsafePathError`.
+    It goes on from `last`, the page that was lost: last grant, term and counters.
     """
-    for _ in range(10):
-        try:
-            return open_existing(directory, host)
-        except FileNotFoundError:
-            _create(directory, host, owner, max_bytes, last)
-        except (UnsafePathError, _UnusablePage):
-            _replace(directory, host, owner, max_bytes, last)
-    raise PageReplacedError("is being replaced over and over", path=directory.page_path)
-
-
-def open_existing(directory: RuntimeDir, host: Host) -> ControlPage:
-    """Map the page if there is a usable one.
-
-    Raises `FileNotFoundError`, `UnsafePathError`, or another `ShmFlagsError` for garbage.
-    """
-    path = directory.page_path
-    descriptor = open_private(path, os.O_RDWR, directory.uid)
-    try:
-        info = os.fstat(descriptor)
-        if info.st_size != PAGE_BYTES:
-            raise _UnusablePage(f"has {info.st_size} bytes instead of {PAGE_BYTES}", path=path)
-        mapped = mmap.mmap(descriptor, PAGE_BYTES)
-    finally:
-        os.close(descriptor)
-    page = ControlPage(directory, host, mapped, Inode.of(info))
-    words = page._words
-    if words[0] != _MAGIC or not words[_INCARNATION]:
-        raise _UnusablePage("is not a control page", path=path)
-    if (words[_BOOT] | words[_BOOT + 1] << 64) != host.boot_id():
-        raise _UnusablePage("is from another boot", path=path)
-    return page
-
-
-def _create(
-    directory: RuntimeDir, host: Host, owner: str, max_bytes: int, last: ControlPage | None
-) -> None:
-    # Linked into place whole: nobody ever maps an empty or half-written page.
-    with _written(directory, host, owner, max_bytes, last) as temporary:
-        try:
-            os.link(temporary, directory.page_path)
-        except FileExistsError:
-            pass  # Another worker was first; its page is as good.
-
-
-def _replace(
-    directory: RuntimeDir, host: Host, owner: str, max_bytes: int, last: ControlPage | None
-) -> None:
-    # What stands there may be no file that can be locked, so the directory is locked instead.
-    from filelock import unlock_descriptor
-
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(directory.path, flags)
-    try:
-        _acquire(descriptor, host, directory.path)
-        try:
-            try:
-                open_existing(directory, host)
-                return  # Another worker has replaced it meanwhile.
-            except FileNotFoundError:
-                return
-            except (UnsafePathError, _UnusablePage):
-                may_replace(directory.page_path, directory.uid)
-            with _written(directory, host, owner, max_bytes, last) as temporary:
-                os.replace(temporary, directory.page_path)
-        finally:
-            unlock_descriptor(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _written(
-    directory: RuntimeDir, host: Host, owner: str, max_bytes: int, last: ControlPage | None
-) -> Iterator[str]:
-    """A temporary file with the content of a new page, gone after the block unless it was moved."""
-    temporary = os.fspath(directory.temporary_path("page", owner))
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, 0o600)
-    try:
-        try:
-            os.fchmod(descriptor, 0o600)
-            content = memoryview(_new_content(directory, host, max_bytes, last))
-            while content:
-                # write(), not ftruncate(): a full disk must fail here, not at the first store.
-                content = content[os.write(descriptor, content) :]
-        finally:
-            os.close(descriptor)
-        yield temporary
-    finally:
-        try:
-            os.unlink(temporary)
-        except FileNotFoundError:
-            pass
-
-
-def _new_content(
-    directory: RuntimeDir, host: Host, max_bytes: int, last: ControlPage | None
-) -> bytes:
     content = bytearray(PAGE_BYTES)
     words = memoryview(content).cast("Q")
     boot = host.boot_id()
@@ -561,60 +319,9 @@ def _new_content(
     words[_BOOT], words[_BOOT + 1] = boot & _HALF, boot >> 64
     words[_CREATED] = host.wall_ns()
     if last is not None:
-        old = last._words
-        words[_TERM] = old[_TERM]
-        words[_COUNT] = old[_COUNT]
-        words[_LAST], words[_LAST + 1] = old[_LAST], old[_LAST + 1]
-        words[_CHANGED], words[_VERIFIED] = old[_CHANGED], old[_VERIFIED]
-        for word in range(_GRANT, _GRANT_WALL + 1):
-            words[word] = old[word]
-        for word in range(_FIRST_COUNTER, _FIRST_COUNTER + len(COUNTERS)):
-            words[word] = old[word]
-    header = _adoptable(directory, boot, max_bytes)
-    if header is not None:
-        page = ControlPage.__new__(ControlPage)
-        page._words = words
-        page.accept_snapshot(header)
-    del words
-    return bytes(content)
-
-
-def _adoptable(directory: RuntimeDir, boot: int, max_bytes: int) -> Header | None:
-    """The header of the snapshot that lies there, if it is sound and of this boot."""
-    try:
-        header = snapshot.read_header(directory, max_bytes)
-    except (OSError, ShmFlagsError):
-        return None
-    return header if header.boot_id == boot else None
-
-
-def _acquire(descriptor: int, host: Host, path: os.PathLike[str]) -> None:
-    """Lock `descriptor` within `LOCK_PATIENCE_S`, or raise `LockTimeoutError`."""
-    from filelock import lock_descriptor
-
-    deadline_ns = host.now_ns() + int(LOCK_PATIENCE_S * 1e9)
-    while not lock_descriptor(descriptor, blocking=False):
-        if host.now_ns() >= deadline_ns:
-            raise LockTimeoutError(
-                f"its lock was busy for {LOCK_PATIENCE_S * 1000:.0f} ms",
-                path=path,
-                remedy="if this repeats, `shmflags status` names the process that holds it",
-            )
-        host.sleep(_LOCK_RETRY_S)
-
-
-__all__ = [
-    "COUNTERS",
-    "NOTHING",
-    "PAGE_BYTES",
-    "SLOTS",
-    "ControlPage",
-    "Fence",
-    "Grant",
-    "Lease",
-    "LockHolder",
-    "Position",
-    "Worker",
-    "attach",
-    "open_existing",
-]
+        kept = (_COUNT, _CHANGED, _VERIFIED, _LAST, _LAST + 1, _TERM)
+        for word in (*kept, *range(_GRANT, _GRANT_WALL + 1), *_COUNTER_WORDS):
+            words[word] = last._words[word]
+    if adopted is not None:
+        ControlPage(directory, host, words, Inode(0, 0)).accept_snapshot(adopted)
+    return content

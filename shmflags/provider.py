@@ -33,8 +33,7 @@ from typing import Any
 
 from shmflags import codec, publication, settings, snapshot
 from shmflags.attachment import Attachment
-from shmflags.contract import Definitions
-from shmflags.election import ClientState, Outcome
+from shmflags.election import Outcome
 from shmflags.errors import (
     DamagedSnapshotError,
     InvalidDefinitionsError,
@@ -42,20 +41,21 @@ from shmflags.errors import (
     PageReplacedError,
     UnsafePathError,
 )
+from shmflags.holding import Holding
 from shmflags.journal import Journal
 from shmflags.member import Member, Pending
 from shmflags.page import ControlPage
 from shmflags.processes import Host
 from shmflags.publication import Result
-from shmflags.snapshot import DEFAULT_MAX_BYTES, NOTHING, Position
+from shmflags.snapshot import DEFAULT_MAX_BYTES
 from shmflags.watcher import Watcher
 
 _WAIT_S = 0.01
 _UNKNOWN_DIGEST = b"could not be encoded"
 
 
-def _empty_definitions() -> Definitions:
-    return {"flags": [], "group_type_mapping": {}, "cohorts": {}}
+def _no_definitions() -> codec.Decoded:
+    return codec.Decoded({"flags": [], "group_type_mapping": {}, "cohorts": {}}, b"", {})
 
 
 class SharedMemoryFlagCache:
@@ -107,10 +107,7 @@ class SharedMemoryFlagCache:
         self._member: Member | None = None
         self._member_lock = threading.Lock()
         # What a fork hands on:
-        self._loaded: codec.Decoded | None = None
-        self._position: Position = NOTHING
-        self._received: bytes | None = None
-        self._attachment: Attachment | None = None
+        self._holding = Holding()
         self._watchers: list[Watcher] = []
         if hasattr(os, "register_at_fork"):
             this = weakref.ref(self)
@@ -142,12 +139,13 @@ class SharedMemoryFlagCache:
         """
         try:
             member = self._me()
-            return self._hand_out(member, self._current(member)) or self._first(member)
-        except _Unchanged:
-            return None
+            decoded = self._current(member) or self._first(member)
+            if decoded is None or self._holding.client_has(decoded):
+                return None
+            return decoded.definitions
         except Exception as error:
             self._complain("definitions cannot be had from the shared cache", error)
-            return self._loaded.definitions if self._loaded is not None else None
+            return self._holding.definitions()
 
     def on_flag_definitions_received(self, data: Any) -> None:
         """Publish what this process fetched, unless something newer was published meanwhile.
@@ -185,14 +183,14 @@ class SharedMemoryFlagCache:
         of this cache, or a second one.
         """
         attachment = Attachment(client, self)
-        present = self._attachment
+        present = self._holding.attachment
         if present is not None and present.is_live:
             if not present.is_client(client):
                 raise ValueError(
                     "this cache already serves another live client; make one cache per client"
                 )
             return
-        self._attachment = attachment
+        self._holding.attachment = attachment
         told_s, ours_s = attachment.poll_interval_s(), self._settings.interval_ns / 1e9
         if told_s is not None and abs(told_s - ours_s) > 0.01 * ours_s:
             self._complain(
@@ -248,7 +246,7 @@ class SharedMemoryFlagCache:
     def _poll(self, member: Member) -> bool:
         member.thread.fetch_failed = member.thread.fence is not None
         member.thread.fence = None
-        page = member.page(self._position)
+        page = member.page(self._holding.position)
         if self._host.now_ns() < member.busy_until_ns:
             return False
         member.note_poll(page)
@@ -258,56 +256,51 @@ class SharedMemoryFlagCache:
             return False
         with member.lock:
             self._tend(member, page)
-            outcome = member.election.poll(page, self._client_state())
+            outcome = member.election.poll(page, self._holding.client_state())
         return self._act_on(member, page, outcome)
 
     def _act_on(self, member: Member, page: ControlPage, outcome: Outcome) -> bool:
         """Log what happened and note the fence; True if a fetch was granted."""
         for event in outcome.events:
             self._journal.event(event, member.pid, page.position().generation)
-        if outcome.clear_etag and self._attachment is not None:
-            self._attachment.clear_etag()
+        if outcome.clear_etag and self._holding.attachment is not None:
+            self._holding.attachment.clear_etag()
         member.thread.fence = outcome.fence
         return outcome.fence is not None
 
     def _tend(self, member: Member, page: ControlPage) -> None:
         """Look after the snapshot, as the leader does at each poll."""
-        holding = self._loaded if member.holds_newest(page, self._position) else None
-        if not publication.needs_tending(page, member.tended, holding):
+        held = self._holding
+        newest = held.decoded if member.holds_newest(page, held.position) else None
+        if not publication.needs_tending(page, member.tended, newest):
             return
         try:
-            tended = publication.tend(
-                page, self._host, holding, member.owner, self._settings.max_bytes
-            )
+            tended = publication.tend(page, self._host, newest, member.owner, self._settings.max_bytes)
         except (OSError, UnsafePathError) as error:
             self._complain("the snapshot could not be restored", error)
             return
         member.tended = tended.signature
         if tended.restored is not None:
-            self._position = tended.restored
+            held.position = tended.restored
         if tended.event:
             self._journal.event(tended.event, member.pid, page.position().generation)
         publication.clear_litter(page, member.is_litter)
-
-    def _client_state(self) -> ClientState:
-        attached = self._attachment is not None and self._attachment.is_live
-        return ClientState(self._received, self._position, attached)
 
     # -- definitions in
 
     def _receive(self, member: Member, data: object) -> None:
         fence, member.thread.fence = member.thread.fence, None
         member.election.note_received()
-        self._received = _UNKNOWN_DIGEST
+        self._holding.received = _UNKNOWN_DIGEST
         try:
-            encoded, decoded = codec.encode(data, self._loaded)
+            encoded, decoded = codec.encode(data, self._holding.decoded)
         except InvalidDefinitionsError as error:
             self._complain("what was fetched cannot be shared, and what was served stays", error)
             return
-        self._received = decoded.digest
+        self._holding.received = decoded.digest
         if not self._settings.electable or member.closed:
             return
-        page = member.page(self._position)
+        page = member.page(self._holding.position)
         if fence is None:
             if page.is_serving():
                 self._complain("dropped", "definitions that nobody was told to fetch")
@@ -347,7 +340,7 @@ class SharedMemoryFlagCache:
             )
             return
         with member.lock:
-            self._loaded, self._position = pending.decoded, done.position
+            self._holding.adopt(pending.decoded, done.position)
             member.tended = snapshot.signature(page.directory.snapshot_path)
         member.note_loaded(page, done.position)
         if done.result is Result.PUBLISHED:
@@ -360,45 +353,28 @@ class SharedMemoryFlagCache:
 
     def _current(self, member: Member) -> codec.Decoded | None:
         """What this process is to serve now: loaded before, or loaded here if there is a newer one."""
-        page = member.page(self._position)
+        page = member.page(self._holding.position)
         pending = member.pending
         if pending is not None and pending.fence.count == page.fence().count:
             return pending.decoded
-        if page.is_serving() and page.position() != self._position:
+        if page.is_serving() and page.position() != self._holding.position:
             with member.lock:
-                if page.position() != self._position:
+                if page.position() != self._holding.position:
                     self._load(member, page)
-        return self._loaded
+        return self._holding.decoded
 
     def _load(self, member: Member, page: ControlPage) -> None:
         wanted = page.position()
         try:
-            found = snapshot.read(page.directory, self._settings.max_bytes, self._loaded)
+            if self._holding.load(page, self._host, self._settings.max_bytes):
+                member.note_loaded(page, self._holding.position)
         except (FileNotFoundError, DamagedSnapshotError, UnsafePathError) as error:
             page.report_damage(wanted)
             self._complain("the snapshot cannot be read; the leader will mend it", error)
-            return
         except OSError as error:
             self._complain("the snapshot cannot be opened; tried again at the next poll", error)
-            return
-        position = found.header.position
-        last = page.last_position()
-        of_this_boot = found.header.boot_id == self._host.boot_id()
-        is_current = position == last or publication.is_successor(position, last, page.incarnation)
-        if of_this_boot and is_current:
-            self._loaded, self._position = found.decoded, position
-            member.note_loaded(page, position)
 
-    def _hand_out(self, member: Member, decoded: codec.Decoded | None) -> Definitions | None:
-        """The definitions to return; raises `_Unchanged` if the attached client has this very list."""
-        if decoded is None:
-            return None
-        attachment = self._attachment
-        if attachment is not None and attachment.holds(decoded.definitions["flags"]):
-            raise _Unchanged
-        return decoded.definitions
-
-    def _first(self, member: Member) -> Definitions | None:
+    def _first(self, member: Member) -> codec.Decoded | None:
         """Nothing to serve: fetch if nobody does, else wait for the first publish, once."""
         with member.lock:
             if member.cold_deadline_ns is None:
@@ -406,21 +382,21 @@ class SharedMemoryFlagCache:
             deadline_ns = member.cold_deadline_ns
         # Whoever comes back without having published will not find anything by waiting.
         while self._host.now_ns() < deadline_ns and not member.thread.fetch_failed:
-            page = member.page(self._position)
+            page = member.page(self._holding.position)
             if self._settings.electable and self._take_over(member, page):
                 return None
             self._host.sleep(_WAIT_S)
             decoded = self._current(member)
             if decoded is not None:
-                return self._hand_out(member, decoded)
-        return _empty_definitions()
+                return decoded
+        return _no_definitions()
 
     def _take_over(self, member: Member, page: ControlPage) -> bool:
         if member.closed or self._host.now_ns() < member.busy_until_ns:
             return False
         try:
             with member.lock:
-                outcome = member.election.take_over(page, self._client_state())
+                outcome = member.election.take_over(page, self._holding.client_state())
         except LockTimeoutError as error:
             self._note_busy(member, error)
             return False
@@ -436,7 +412,7 @@ class SharedMemoryFlagCache:
         page = member.known_page
         if page is None or member.closed:
             return None
-        if page.is_serving() and page.position() != self._position and member.pending is None:
+        if page.is_serving() and page.position() != self._holding.position and member.pending is None:
             return page.position()
         if self._settings.electable:
             lease = page.lease()
@@ -462,10 +438,6 @@ class SharedMemoryFlagCache:
             self._journal.trouble(what, error, os.getpid())
         except Exception:
             pass  # A broken log handler must not become a stampede on the API.
-
-
-class _Unchanged(Exception):
-    """The attached client already has what would be handed out."""
 
 
 def _after_fork(this: weakref.ref[SharedMemoryFlagCache]) -> None:

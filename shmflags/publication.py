@@ -136,9 +136,7 @@ def tend(
             if _is_newer(header, page, host):
                 page.accept_snapshot(header)
                 page.count("repaired")
-                return Tended(
-                    found, event=f"repaired: the page goes on at {_name(header.position)}"
-                )
+                return Tended(found, event=f"repaired: the page goes on at {_name(header.position)}")
             problem = f"it is {_name(header.position)}, not the last one"
         if encoded is None:
             if not page.is_serving():
@@ -159,9 +157,7 @@ def _encoded_again(holding: codec.Decoded | None) -> codec.Encoded | None:
     return encoded if encoded.digest == holding.digest else None
 
 
-def _restore(
-    page: ControlPage, host: Host, encoded: codec.Encoded, owner: str, problem: str
-) -> Tended:
+def _restore(page: ControlPage, host: Host, encoded: codec.Encoded, owner: str, problem: str) -> Tended:
     last = page.last_position()
     draft = Draft(page.directory, encoded, owner)
     try:

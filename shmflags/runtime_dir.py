@@ -126,9 +126,7 @@ def base_objection(base: Path, uid: int) -> UnsafePathError | None:
     """What is wrong with `base` as a home for our directory, or None."""
     info = os.stat(base)
     if not stat.S_ISDIR(info.st_mode):
-        return UnsafePathError(
-            "is not a directory", path=base, remedy="name a directory by directory="
-        )
+        return UnsafePathError("is not a directory", path=base, remedy="name a directory by directory=")
     others_write = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if others_write and not info.st_mode & stat.S_ISVTX:
         return UnsafePathError(
@@ -158,9 +156,7 @@ def check_directory(directory: Path, uid: int) -> None:
     """Raise `UnsafePathError` unless `directory` is a real directory of `uid`, for it alone."""
     info = os.lstat(directory)
     if stat.S_ISLNK(info.st_mode) or not stat.S_ISDIR(info.st_mode):
-        raise UnsafePathError(
-            "is not a directory", path=directory, remedy="remove it; it is made anew"
-        )
+        raise UnsafePathError("is not a directory", path=directory, remedy="remove it; it is made anew")
     if info.st_uid != uid:
         raise UnsafePathError(
             f"belongs to user {info.st_uid}, not to user {uid}",

@@ -53,7 +53,7 @@ def application(
     """The WSGI entry point: any request is answered with a `Report`."""
     flags = posthog.evaluate_flags("somebody", flag_keys=[FLAG], only_evaluate_locally=True)
     value = flags.get_flag(FLAG, send_feature_flag_events=False)
-    loaded = posthog.feature_flag_definitions()
+    loaded = posthog.setup().feature_flags
     report = Report(
         pid=os.getpid(),
         parent_pid=os.getppid(),

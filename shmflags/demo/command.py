@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from shmflags.demo.screen import Screen
 from shmflags.demo.server import DefinitionsServer
@@ -23,7 +24,6 @@ from shmflags.demo.workers import WORKERS, Workers, WorkersGoneError
 
 KEY_VARIABLES = ("POSTHOG_PROJECT_API_KEY", "POSTHOG_SECRET_KEY")
 EXIT_OK, EXIT_NOT_OBSERVED, EXIT_USAGE = 0, 1, 2
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,35 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+class Interruptions:
+    """Within its block, the first SIGINT, SIGTERM or SIGHUP raises `Interrupted`.
+
+    Later ones, and all after `hold`, do nothing: they must not interrupt the cleaning up.
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruptions:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                self._previous[number] = signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def hold(self) -> None:
+        self._held = True
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._held:
+            self._held = True
+            raise Interrupted(number)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +120,7 @@ def _run(target: Target, server: DefinitionsServer | None) -> int:
     screen.say(f"shmflags demo: {WORKERS} gunicorn workers with the real SDK, and {what}")
     if server is None:
         screen.say("Requests cannot be counted there: what follows is what the workers report.")
-    with _signals_raise(), _temporary_directory() as directory:
+    with Interruptions() as interruptions, _temporary_directory(interruptions) as directory:
         workers = Workers(_environment(target, directory), directory / "gunicorn.log")
         tour = Tour(screen, workers, target.interval_s, target.latency_s, server)
         try:
@@ -104,8 +133,8 @@ def _run(target: Target, server: DefinitionsServer | None) -> int:
             screen.step("gunicorn is stopped")
             screen.result(workers.stop(), "gunicorn has ended, and each of its processes")
         finally:
-            with _signals_wait():
-                workers.stop()
+            interruptions.hold()
+            workers.stop()
         log = workers.log_tail()
     screen.result(not directory.exists(), "no file is left")
     screen.say()
@@ -159,39 +188,11 @@ def _environment(target: Target, directory: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _temporary_directory() -> Iterator[Path]:
+def _temporary_directory(interruptions: Interruptions) -> Iterator[Path]:
     """A directory of our own, gone at the end whatever is in it."""
     directory = Path(tempfile.mkdtemp(prefix="shmflags-demo-"))
     try:
         yield directory
     finally:
-        with _signals_wait():
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP end the block by `Interrupted`, so that it cleans up."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    previous = {number: signal.signal(number, interrupt) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Hold back those signals: a second Ctrl-C must not end the cleaning up."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        interruptions.hold()
+        shutil.rmtree(directory, ignore_errors=True)

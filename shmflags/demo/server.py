@@ -287,9 +287,7 @@ class DefinitionsServer:
                 answer = self._failure
             elif etag is not None and etag == answer.etag:
                 answer = _Answer(304, b"", answer.etag)
-            self._requests.append(
-                Request(time.monotonic(), answer.status, etag, peer_port, user_agent)
-            )
+            self._requests.append(Request(time.monotonic(), answer.status, etag, peer_port, user_agent))
             self._changed.notify_all()
             return answer, self._latency_s, self._hangs_ended if self._hanging else None
 

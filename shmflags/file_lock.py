@@ -1,0 +1,122 @@
+"""The lock: `flock` through filelock, on a descriptor opened for one acquisition.
+
+A lock belongs to the open file description, so a descriptor that a forked child inherits is the same
+lock: the child must close it and never unlock it. And a lock on a file that was removed or replaced
+excludes nobody, so after locking the file is compared with the one at the path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shmflags.errors import LockTimeoutError, PageReplacedError, UnsafePathError
+from shmflags.processes import Host
+from shmflags.runtime_dir import open_private
+
+PATIENCE_S = 0.05
+_RETRY_S = 0.001
+
+
+@dataclass(frozen=True)
+class Inode:
+    """Which file it is, whatever its name."""
+
+    device: int
+    number: int
+
+    @staticmethod
+    def of(info: os.stat_result) -> Inode:
+        return Inode(info.st_dev, info.st_ino)
+
+
+class FileLock:
+    """The lock of one file of user `uid`, for as long as it stands at its path."""
+
+    def __init__(self, path: Path, inode: Inode, uid: int, host: Host) -> None:
+        self._path = path
+        self._inode = inode
+        self._uid = uid
+        self._host = host
+        # Descriptors on which this process may hold the lock, for `abandon`.
+        self._descriptors: set[int] = set()
+
+    def guards_its_path(self) -> bool:
+        """False once the file was removed or replaced."""
+        try:
+            return Inode.of(os.lstat(self._path)) == self._inode
+        except OSError:
+            return False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock for the block, which must neither wait nor log.
+
+        Raises `LockTimeoutError` after `PATIENCE_S`, `PageReplacedError` if the file was removed or
+        replaced, `OSError` if it cannot be opened.
+        """
+        from filelock import unlock_descriptor
+
+        pid = os.getpid()
+        try:
+            descriptor = open_private(self._path, os.O_RDWR, self._uid)
+        except (FileNotFoundError, UnsafePathError):
+            raise PageReplacedError("is gone or was replaced", path=self._path) from None
+        self._descriptors.add(descriptor)
+        locked = False
+        try:
+            acquire(descriptor, self._host, self._path)
+            locked = True
+            if Inode.of(os.fstat(descriptor)) != self._inode or not self.guards_its_path():
+                raise PageReplacedError("was replaced", path=self._path)
+            yield
+        finally:
+            # Were this frame ever unwound in a forked child, unlocking would free the parent's lock.
+            if pid == os.getpid():
+                self._descriptors.discard(descriptor)
+                if locked:
+                    unlock_descriptor(descriptor)
+                os.close(descriptor)
+
+    def abandon(self) -> None:
+        """In a forked child: close the descriptors that came along, without unlocking."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+@contextmanager
+def directory_lock(path: Path, host: Host) -> Iterator[None]:
+    """Hold the lock of a directory: for replacing a file in it that may not be lockable itself.
+
+    Raises `LockTimeoutError` or `OSError`.
+    """
+    from filelock import unlock_descriptor
+
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
+    try:
+        acquire(descriptor, host, path)
+        try:
+            yield
+        finally:
+            unlock_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def acquire(descriptor: int, host: Host, path: Path) -> None:
+    """Lock `descriptor` within `PATIENCE_S`, or raise `LockTimeoutError`."""
+    from filelock import lock_descriptor
+
+    deadline_ns = host.now_ns() + int(PATIENCE_S * 1e9)
+    while not lock_descriptor(descriptor, blocking=False):
+        if host.now_ns() >= deadline_ns:
+            raise LockTimeoutError(
+                f"its lock was busy for {PATIENCE_S * 1000:.0f} ms",
+                path=path,
+                remedy="if this repeats, `shmflags status` names the process that holds it",
+            )
+        host.sleep(_RETRY_S)
