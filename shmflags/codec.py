@@ -16,7 +16,8 @@ The index has one entry per item, in order:
 
     offset  size  field
     0       4     length of the item's bytes (u32, little-endian)
-    4       16    digest of the item's bytes (BLAKE2b-128)
+    4       16    digest of the item's bytes (the first half of SHA-256, which CPUs have
+                  instructions for, and no policy forbids)
 
 The content digest is the digest of the index with the two counts: equal digests mean equal bytes.
 """
@@ -80,7 +81,7 @@ class Decoded:
 
 def digest_of(data: bytes | memoryview) -> bytes:
     """The 16-byte digest by which contents are compared."""
-    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
 
 def content_digest(index: bytes | memoryview, flag_count: int, cohort_count: int) -> bytes:
@@ -103,19 +104,23 @@ def encode(data: object, known: Decoded | None = None) -> tuple[Encoded, Decoded
     values.extend([key, cohort] for key, cohort in cohorts.items())
 
     packer = msgpack.Packer(strict_types=True)
+    pack, entry = packer.pack, ENTRY.pack
     seen = known.items if known is not None else {}
     packed: list[bytes] = []
     entries: list[bytes] = []
     objects: dict[bytes, Any] = {}
     for number, value in enumerate(values):
-        item, plain = _pack(packer, value, number, len(flags))
+        try:
+            item, plain = pack(value), True
+        except Exception:
+            item, plain = _pack(packer, value, number, len(flags))
         digest = digest_of(item)
         # msgpack also takes bytes and keys that are no strings; what a reader would refuse is
         # refused here. Bytes seen before were examined when they were first seen.
-        if plain and digest not in seen:
+        if digest not in seen and plain:
             _require_plain(value, number, len(flags))
         packed.append(item)
-        entries.append(ENTRY.pack(len(item), digest))
+        entries.append(entry(len(item), digest))
         objects[digest] = value
     index = b"".join(entries)
     digest = content_digest(index, len(flags), len(cohorts))
@@ -208,19 +213,25 @@ def _pack(packer: msgpack.Packer, value: Any, number: int, flag_count: int) -> t
         try:
             return packer.pack(value), True
         except UnicodeEncodeError:
-            lenient = msgpack.Packer(strict_types=True, unicode_errors="surrogatepass")
-            return lenient.pack(value), True
+            pass  # Lone surrogates: the packer that takes them is slower.
         except OverflowError:
-            _require_plain(value, number, flag_count)
-            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-            return msgpack.packb(text, unicode_errors="surrogatepass"), False
-    except InvalidDefinitionsError:
-        raise
-    except (TypeError, ValueError, RecursionError, OverflowError) as error:
+            return _pack_text(value, number, flag_count), False
+        try:
+            return msgpack.packb(value, strict_types=True, unicode_errors="surrogatepass"), True
+        except OverflowError:
+            return _pack_text(value, number, flag_count), False
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDefinitionsError(
             f"{_place(number, flag_count)} cannot be stored: {error}",
             remedy="only what JSON can express, at most 511 levels deep, can be shared",
         ) from None
+
+
+def _pack_text(value: Any, number: int, flag_count: int) -> bytes:
+    _require_plain(value, number, flag_count)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    packed: bytes = msgpack.packb(text, unicode_errors="surrogatepass")
+    return packed
 
 
 def _require_plain(value: Any, number: int, flag_count: int) -> None:

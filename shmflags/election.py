@@ -202,7 +202,8 @@ class Election:
         if self._leads:
             self._leads = False
             self._outstanding = None
-            self._events.append(f"deposed: process {lease.holder.pid} leads, term {lease.term}")
+            successor = f"process {lease.holder.pid} leads" if lease.token else "nobody leads now"
+            self._events.append(f"deposed: {successor}")
         reason = why_takeable(lease, now_ns, self.host.is_provably_dead)
         if reason is None or now_ns < self._abstain_until_ns:
             return False
@@ -225,11 +226,9 @@ class Election:
         self._outstanding = None
         if lease.token and lease.deadline_ns:
             page.count("takeovers")
-            self._events.append(
-                f"took over: from process {lease.holder.pid}, as {reason}, term {lease.term + 1}"
-            )
+            self._events.append(f"took over: from process {lease.holder.pid}, as {reason}")
         else:
-            self._events.append(f"elected: term {lease.term + 1}, as {reason}")
+            self._events.append(f"elected: to lead, as {reason}")
         return True
 
     def _renew_or_make_way(self, page: ControlPage, lease: Lease, now_ns: int) -> bool:
@@ -246,7 +245,7 @@ class Election:
             self._leads = False
             self._abstain(lease.term, now_ns)
             reason = "its fetch brought nothing" if fruitless else "it led for max_term"
-            self._events.append(f"yielded: {reason}, term {lease.term}")
+            self._events.append(f"yielded: {reason}")
             return False
         page.write_lease(
             Lease(

@@ -38,6 +38,7 @@ class FileLock:
 
     def __init__(self, path: Path, inode: Inode, uid: int, host: Host) -> None:
         self._path = path
+        self._path_text = os.fspath(path)
         self._inode = inode
         self._uid = uid
         self._host = host
@@ -47,9 +48,10 @@ class FileLock:
     def guards_its_path(self) -> bool:
         """False once the file was removed or replaced."""
         try:
-            return Inode.of(os.lstat(self._path)) == self._inode
+            info = os.lstat(self._path_text)
         except OSError:
             return False
+        return info.st_ino == self._inode.number and info.st_dev == self._inode.device
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ _REPEAT_S = 60.0
 
 
 class Journal:
-    """Logs for one provider; every line carries the service key and the pid."""
+    """Logs for one provider; every line carries service key, pid, term and generation (0: none)."""
 
     def __init__(self, service_key: str) -> None:
         self._service_key = service_key
@@ -24,11 +24,20 @@ class Journal:
         """In a forked child: a lock that another thread held would never be released."""
         self._lock = threading.Lock()
 
-    def event(self, message: str, pid: int, generation: int) -> None:
+    def event(self, message: str, pid: int, term: int, generation: int) -> None:
         """Something happened, once: elected, yielded, published, …"""
-        logger.info("%s [%s pid %d generation %d]", message, self._service_key, pid, generation)
+        logger.info("%s%s", message, self._where(pid, term, generation))
 
-    def trouble(self, what: str, error: object, pid: int, *, level: int = logging.WARNING) -> None:
+    def trouble(
+        self,
+        what: str,
+        error: object,
+        pid: int,
+        term: int = 0,
+        generation: int = 0,
+        *,
+        level: int = logging.WARNING,
+    ) -> None:
         """Something is wrong, and may be wrong again at the next poll."""
         kind = f"{what}: {type(error).__name__}"
         now = time.monotonic()
@@ -43,13 +52,15 @@ class Journal:
         foreseen = not isinstance(error, Exception) or type(error).__module__ == "shmflags.errors"
         logger.log(
             level,
-            "%s: %s%s [%s pid %d]",
+            "%s: %s%s%s",
             what,
             error if foreseen else f"{type(error).__name__}: {error}",
             f" (and {repeats} times more since the last such line)" if repeats else "",
-            self._service_key,
-            pid,
+            self._where(pid, term, generation),
             exc_info=error
             if isinstance(error, Exception) and not foreseen and not isinstance(error, OSError)
             else None,
         )
+
+    def _where(self, pid: int, term: int, generation: int) -> str:
+        return f" [{self._service_key} pid {pid} term {term} generation {generation}]"

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from shmflags import codec, page_file
@@ -70,11 +72,26 @@ class Member:
         self._journal = journal
         self._page: ControlPage | None = None
         self._slot = -1
+        self._writers: set[int] = set()
 
     @property
     def known_page(self) -> ControlPage | None:
         """The page as last attached; touches no file."""
         return self._page
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """For the time in which the page may name a snapshot of ours that is not noted as ours yet."""
+        thread = threading.get_ident()
+        self._writers.add(thread)
+        try:
+            yield
+        finally:
+            self._writers.discard(thread)
+
+    @property
+    def is_writing(self) -> bool:
+        return bool(self._writers)
 
     @property
     def owner(self) -> str:
@@ -130,19 +147,22 @@ class Member:
             and not attached.last_position().generation
         )
 
-    def note_poll(self, attached: ControlPage) -> None:
-        """Show that we live: in our slot of the worker table, which is taken at the first poll.
+    def note_poll(self, attached: ControlPage, held: Position) -> None:
+        """Show that we live, and what we hold: in our slot of the worker table.
 
-        Raises `LockTimeoutError` or `PageReplacedError`.
+        The slot is taken at the first poll. Raises `LockTimeoutError` or `PageReplacedError`.
         """
-        if attached.workers.note_poll(self._slot, self.token):
+        if attached.workers.note_poll(self._slot, self.token, held):
             return
+        if not attached.workers.has_room():
+            return  # Not worth the lock, and a walk over the table under it at every poll.
         with attached.locked():
             self._slot = attached.workers.register(
                 self.token,
                 self.identity,
                 self._settings.interval_ns,
                 self._settings.electable,
+                held,
             )
 
     def note_loaded(self, attached: ControlPage, position: Position) -> None:
@@ -152,8 +172,12 @@ class Member:
         """Free our lease and our slot. Raises `LockTimeoutError` or `PageReplacedError`."""
         attached.workers.release(self._slot, self.token)
         if self.election.resign(attached):
-            generation = attached.position().generation
-            self._journal.event("yielded: shut down", self.pid, generation)
+            self.tell("yielded: shut down", attached)
+
+    def tell(self, event: str, attached: ControlPage) -> None:
+        """Log what happened, with the page's numbers as they are now."""
+        term, generation = attached.fence().term, attached.position().generation
+        self._journal.event(event, self.pid, term, generation)
 
     def _warn(self, sentence: str) -> None:
         self._journal.trouble(

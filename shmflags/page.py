@@ -21,13 +21,15 @@ written under the page's lock. Readers without the lock take single words as hin
     18-20   leader: pid, start time in ticks, pid namespace
     21      lease length, ns
     22      lease deadline, CLOCK_MONOTONIC ns; zeroed first and written last
-    23-24   when the leader was elected: CLOCK_MONOTONIC ns, wall ns
+    23-24   when the leader was elected, or the lease vacated: CLOCK_MONOTONIC ns, wall ns
     28      last grant, CLOCK_MONOTONIC ns, 0 if never
     29-32   grantee: token, pid, start time in ticks, pid namespace
     33      grants since the last accepted publish
     34      wall time of the last grant, ns
     36-37   who holds the page's lock: pid (0: nobody), since when (CLOCK_MONOTONIC ns)
     40-     counters, one word each (COUNTERS)
+    64      length of the service key in bytes, 0 if it has more than 504
+    65-127  the service key in UTF-8; for people, as the path has a hash of it only
     128-    the worker table (worker_table.py)
 
 The page is its own lock: `flock` on a descriptor opened for the purpose, and held for the length of a
@@ -70,6 +72,8 @@ _TERM, _LEADER, _LENGTH, _DEADLINE, _ELECTED = 16, 17, 21, 22, 23
 _GRANT, _GRANTEE, _ATTEMPTS, _GRANT_WALL = 28, 29, 33, 34
 _LOCK = 36
 _FIRST_COUNTER = 40
+_KEY = 64
+_KEY_BYTES = _WORD * (_TABLE - _KEY - 1)
 _COUNTER_WORDS = range(_FIRST_COUNTER, _FIRST_COUNTER + len(COUNTERS))
 
 
@@ -259,6 +263,7 @@ class ControlPage:
         self._words[_DEADLINE] = 0
         self._words[_LEADER] = 0
         self._put_identity(_LEADER + 1, NOBODY)
+        self._words[_ELECTED], self._words[_ELECTED + 1] = self._host.now_ns(), self._host.wall_ns()
 
     # -- the grant
 
@@ -290,6 +295,14 @@ class ControlPage:
     def counters(self) -> dict[str, int]:
         return {name: self._words[_FIRST_COUNTER + i] for i, name in enumerate(COUNTERS)}
 
+    def service_key(self) -> str:
+        """The service key that the page was made for, "" if it did not fit in."""
+        data = self._words[_KEY + 1 : _TABLE].tobytes()[: self._words[_KEY]]
+        try:
+            return data.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return ""
+
     def created_wall_ns(self) -> int:
         return self._words[_CREATED]
 
@@ -318,6 +331,10 @@ def new_page(
     words[_INCARNATION] = host.random_word()
     words[_BOOT], words[_BOOT + 1] = boot & _HALF, boot >> 64
     words[_CREATED] = host.wall_ns()
+    key = directory.service_key.encode("utf-8", "surrogatepass")
+    if len(key) <= _KEY_BYTES:
+        words[_KEY] = len(key)
+        content[_WORD * (_KEY + 1) : _WORD * (_KEY + 1) + len(key)] = key
     if last is not None:
         kept = (_COUNT, _CHANGED, _VERIFIED, _LAST, _LAST + 1, _TERM)
         for word in (*kept, *range(_GRANT, _GRANT_WALL + 1), *_COUNTER_WORDS):

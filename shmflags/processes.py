@@ -33,6 +33,9 @@ NOBODY = Identity(0, 0, 0)
 class Host:
     """The machine as this process sees it."""
 
+    # (pid, its namespace): the latter is looked up once per process, as it cannot change.
+    _namespace_of: tuple[int, int | None] = (0, None)
+
     def now_ns(self) -> int:
         """CLOCK_MONOTONIC in nanoseconds: one clock for all processes of one boot."""
         return time.monotonic_ns()
@@ -53,7 +56,7 @@ class Host:
         """The calling process."""
         pid = os.getpid()
         stat = _read_stat(pid)
-        return Identity(pid, stat.start_ticks if stat else 0, _pid_namespace() or 0)
+        return Identity(pid, stat.start_ticks if stat else 0, self._pid_namespace() or 0)
 
     def boot_id(self) -> int:
         """A 128-bit number that differs after each boot; 0 where the platform has none."""
@@ -65,7 +68,7 @@ class Host:
 
     def is_provably_dead(self, other: Identity) -> bool:
         """True only when `other` certainly runs no more."""
-        namespace = _pid_namespace()
+        namespace = self._pid_namespace()
         if other.pid <= 0 or namespace is None or other.pid_namespace != namespace:
             return False
         try:
@@ -79,6 +82,12 @@ class Host:
             return False
         recycled = bool(other.start_ticks) and stat.start_ticks != other.start_ticks
         return stat.is_zombie or recycled
+
+    def _pid_namespace(self) -> int | None:
+        pid = os.getpid()
+        if self._namespace_of[0] != pid or self._namespace_of[1] is None:
+            self._namespace_of = (pid, _pid_namespace())
+        return self._namespace_of[1]
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ from shmflags.watcher import Watcher
 
 _WAIT_S = 0.01
 _UNKNOWN_DIGEST = b"could not be encoded"
+_REFUSED = "refused, so this worker behaves as if it had no cache"
 
 
 def _no_definitions() -> codec.Decoded:
@@ -128,7 +129,7 @@ class SharedMemoryFlagCache:
         except PageReplacedError:
             return False  # Attached again at the next poll.
         except Exception as error:
-            self._complain("no shared cache, so this worker fetches for itself", error)
+            self._give_up("no shared cache, so this worker fetches for itself", error)
             return self._settings.electable
 
     def get_flag_definitions(self) -> Any:
@@ -144,7 +145,7 @@ class SharedMemoryFlagCache:
                 return None
             return decoded.definitions
         except Exception as error:
-            self._complain("definitions cannot be had from the shared cache", error)
+            self._give_up("definitions cannot be had from the shared cache", error)
             return self._holding.definitions()
 
     def on_flag_definitions_received(self, data: Any) -> None:
@@ -155,7 +156,7 @@ class SharedMemoryFlagCache:
         try:
             self._receive(self._me(), data)
         except Exception as error:
-            self._complain("what was fetched could not be published", error)
+            self._give_up("what was fetched could not be published", error)
 
     def shutdown(self) -> None:
         """Hand leadership over at once and stop the watcher. Idempotent; never raises."""
@@ -249,20 +250,22 @@ class SharedMemoryFlagCache:
         page = member.page(self._holding.position)
         if self._host.now_ns() < member.busy_until_ns:
             return False
-        member.note_poll(page)
+        member.note_poll(page, self._holding.position)
         if member.pending is not None:
-            self._publish(member, page, member.pending)
+            with member.writing():
+                self._publish(member, page, member.pending)
         if not self._settings.electable or member.closed or not member.election.may_lead(page):
             return False
         with member.lock:
-            self._tend(member, page)
+            with member.writing():
+                self._tend(member, page)
             outcome = member.election.poll(page, self._holding.client_state())
         return self._act_on(member, page, outcome)
 
     def _act_on(self, member: Member, page: ControlPage, outcome: Outcome) -> bool:
         """Log what happened and note the fence; True if a fetch was granted."""
         for event in outcome.events:
-            self._journal.event(event, member.pid, page.position().generation)
+            member.tell(event, page)
         if outcome.clear_etag and self._holding.attachment is not None:
             self._holding.attachment.clear_etag()
         member.thread.fence = outcome.fence
@@ -283,7 +286,7 @@ class SharedMemoryFlagCache:
         if tended.restored is not None:
             held.position = tended.restored
         if tended.event:
-            self._journal.event(tended.event, member.pid, page.position().generation)
+            member.tell(tended.event, page)
         publication.clear_litter(page, member.is_litter)
 
     # -- definitions in
@@ -306,7 +309,8 @@ class SharedMemoryFlagCache:
                 self._complain("dropped", "definitions that nobody was told to fetch")
                 return
             fence = page.fence()
-        self._publish(member, page, Pending(encoded, decoded, fence))
+        with member.writing():
+            self._publish(member, page, Pending(encoded, decoded, fence))
 
     def _publish(self, member: Member, page: ControlPage, pending: Pending) -> None:
         size = pending.encoded.size
@@ -331,13 +335,10 @@ class SharedMemoryFlagCache:
             self._complain("a publish waits for the next poll", error)
             return
         member.pending = None
-        generation = done.position.generation
+        if done.event:
+            member.tell(done.event, page)
         if done.result is Result.DROPPED:
-            self._journal.event(
-                "dropped: what was fetched, as something newer was published",
-                member.pid,
-                generation,
-            )
+            member.tell("dropped: what was fetched, as something newer was published", page)
             return
         with member.lock:
             self._holding.adopt(pending.decoded, done.position)
@@ -345,9 +346,7 @@ class SharedMemoryFlagCache:
         member.note_loaded(page, done.position)
         if done.result is Result.PUBLISHED:
             flags, cohorts = pending.encoded.flag_count, pending.encoded.cohort_count
-            self._journal.event(
-                f"published: {flags} flags, {cohorts} cohorts, {size} bytes", member.pid, generation
-            )
+            member.tell(f"published: {flags} flags, {cohorts} cohorts, {size} bytes", page)
 
     # -- definitions out
 
@@ -412,7 +411,9 @@ class SharedMemoryFlagCache:
         page = member.known_page
         if page is None or member.closed:
             return None
-        if page.is_serving() and page.position() != self._holding.position and member.pending is None:
+        if member.is_writing or member.pending is not None:
+            return None
+        if page.is_serving() and page.position() != self._holding.position:
             return page.position()
         if self._settings.electable:
             lease = page.lease()
@@ -433,9 +434,15 @@ class SharedMemoryFlagCache:
         member.busy_until_ns = self._host.now_ns() + self._settings.interval_ns // 2
         self._complain("no election for half an interval", error)
 
+    def _give_up(self, what: str, error: Exception) -> None:
+        self._complain(_REFUSED if isinstance(error, UnsafePathError) else what, error)
+
     def _complain(self, what: str, error: object) -> None:
         try:
-            self._journal.trouble(what, error, os.getpid())
+            page = self._member.known_page if self._member is not None else None
+            term = page.fence().term if page is not None else 0
+            generation = page.position().generation if page is not None else 0
+            self._journal.trouble(what, error, os.getpid(), term, generation)
         except Exception:
             pass  # A broken log handler must not become a stampede on the API.
 

@@ -35,10 +35,11 @@ class Result(enum.Enum):
 
 @dataclass(frozen=True)
 class Publication:
-    """A publish that came to its end, and the position that is served after it."""
+    """A publish that came to its end, the position that is served after it, and what was mended."""
 
     result: Result
     position: Position
+    event: str = ""
 
 
 def publish(
@@ -59,21 +60,21 @@ def publish(
         if page.digest() != encoded.digest:
             draft = Draft(page.directory, encoded, owner)
         with page.locked():
-            _roll_forward(page, host, max_bytes)
+            event = _roll_forward(page, host, max_bytes)
             if not election.may_publish(noted, page.fence(), serving=page.is_serving()):
                 page.count("dropped")
-                return Publication(Result.DROPPED, page.position())
+                return Publication(Result.DROPPED, page.position(), event)
             if page.digest() == encoded.digest:
                 page.accept_unchanged(host.wall_ns())
                 page.count("unchanged")
-                return Publication(Result.UNCHANGED, page.position())
+                return Publication(Result.UNCHANGED, page.position(), event)
             if draft is not None:
                 header = draft.put_in_place(
                     _next_position(page), noted.count + 1, host.boot_id(), host.wall_ns()
                 )
                 page.accept_snapshot(header)
                 page.count("published")
-                return Publication(Result.PUBLISHED, header.position)
+                return Publication(Result.PUBLISHED, header.position, event)
     finally:
         if draft is not None:
             draft.discard()
@@ -136,7 +137,7 @@ def tend(
             if _is_newer(header, page, host):
                 page.accept_snapshot(header)
                 page.count("repaired")
-                return Tended(found, event=f"repaired: the page goes on at {_name(header.position)}")
+                return Tended(found, event=_goes_on_at(header.position))
             problem = f"it is {_name(header.position)}, not the last one"
         if encoded is None:
             if not page.is_serving():
@@ -175,15 +176,20 @@ def _restore(page: ControlPage, host: Host, encoded: codec.Encoded, owner: str, 
     return Tended(found, position, f"repaired: the snapshot was written again, as {problem}")
 
 
-def _roll_forward(page: ControlPage, host: Host, max_bytes: int) -> None:
-    """Under the lock: take up a snapshot whose writer died before it could say so in the page."""
+def _roll_forward(page: ControlPage, host: Host, max_bytes: int) -> str:
+    """Under the lock: take up a snapshot whose writer died before it could say so in the page.
+
+    Returns what is to be logged of it, "" if there was none.
+    """
     try:
         header = snapshot.read_header(page.directory, max_bytes)
     except (OSError, ShmFlagsError):
-        return
-    if _is_newer(header, page, host):
-        page.accept_snapshot(header)
-        page.count("repaired")
+        return ""
+    if not _is_newer(header, page, host):
+        return ""
+    page.accept_snapshot(header)
+    page.count("repaired")
+    return _goes_on_at(header.position)
 
 
 def _is_newer(header: Header, page: ControlPage, host: Host) -> bool:
@@ -205,6 +211,10 @@ def _next_position(page: ControlPage) -> Position:
     return Position(
         page.incarnation, last.generation + 1 if last.incarnation == page.incarnation else 1
     )
+
+
+def _goes_on_at(position: Position) -> str:
+    return f"repaired: the page goes on at {_name(position)}"
 
 
 def _name(position: Position) -> str:

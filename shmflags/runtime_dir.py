@@ -19,6 +19,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from shmflags.errors import UnsafePathError
@@ -55,15 +56,15 @@ class RuntimeDir:
     def version_path(self) -> Path:
         return self.user_path / FORMAT_VERSION
 
-    @property
+    @cached_property
     def path(self) -> Path:
         return self.version_path / directory_name(self.service_key)
 
-    @property
+    @cached_property
     def page_path(self) -> Path:
         return self.path / "page"
 
-    @property
+    @cached_property
     def snapshot_path(self) -> Path:
         return self.path / "snapshot"
 

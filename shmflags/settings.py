@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ def check(
         directory = os.fspath(directory)
         if not isinstance(directory, str) or not directory or "\0" in directory:
             raise ValueError(f"directory must name a directory, not {directory!r}")
-    interval = seconds("poll_interval", poll_interval, above=0.0)
+    interval = seconds("poll_interval", poll_interval, at_least=0.001)
     cold_start = seconds("cold_start_timeout", cold_start_timeout, at_least=0.0)
     if lease_ttl is None:
         lease = max(3 * interval, 45.0)
@@ -102,7 +101,7 @@ def seconds(
     allowed = f"a finite number of seconds, {bound} and at most {_LONGEST_S:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {allowed}, not {value!r}")
-    fits = math.isfinite(value) and value <= _LONGEST_S
+    fits = value <= _LONGEST_S  # False for NaN, as are those below.
     if above is not None:
         fits = fits and value > above
     if at_least is not None:

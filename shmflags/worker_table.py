@@ -20,11 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shmflags.processes import Host, Identity
-from shmflags.snapshot import Position
+from shmflags.snapshot import NOTHING, Position
 
 _SLOT_WORDS = 16
 SLOTS = 256
 TABLE_WORDS = SLOTS * _SLOT_WORDS
+_MINUTE_NS = 60 * 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Worker:
     electable: bool
 
 
+def gone_after_ns(interval_ns: int) -> int:
+    """For how long a worker has to be silent to count as gone where its death cannot be proven."""
+    return max(20 * interval_ns, 10 * _MINUTE_NS)
+
+
 class WorkerTable:
     """The table, over the words of the page that hold it."""
 
@@ -49,10 +55,21 @@ class WorkerTable:
         self._words = words
         self._host = host
 
-    def register(self, token: int, identity: Identity, interval_ns: int, electable: bool) -> int:
+    def has_room(self) -> bool:
+        """Without the lock: whether there is a slot to be had just now."""
+        return self._free_slot() >= 0
+
+    def register(
+        self,
+        token: int,
+        identity: Identity,
+        interval_ns: int,
+        electable: bool,
+        loaded: Position = NOTHING,
+    ) -> int:
         """Under the lock: take a slot of the worker table, and return its number, -1 if it is full.
 
-        Slots of the provably dead are used again, once there is no free one.
+        Slots of those that are gone are used again, once there is no free one.
         """
         slot = self._free_slot()
         if slot < 0:
@@ -65,7 +82,7 @@ class WorkerTable:
         words[base + 3] = identity.pid_namespace
         words[base + 4] = self._host.wall_ns()
         words[base + 5] = self._host.now_ns()
-        words[base + 6] = words[base + 7] = 0
+        words[base + 6], words[base + 7] = loaded
         words[base + 8] = interval_ns
         words[base + 9] = 0
         words[base + 10] = 1 if electable else 0
@@ -78,12 +95,19 @@ class WorkerTable:
             if self._words[base] == 0:
                 return slot
         for slot, base in enumerate(bases):
-            if self._host.is_provably_dead(self._identity(base + 1)):
+            if self._is_gone(base):
                 return slot
         return -1
 
-    def note_poll(self, slot: int, token: int) -> bool:
-        """Note in our own slot that we polled; False if the slot is no longer ours."""
+    def _is_gone(self, base: int) -> bool:
+        """Dead by proof, or silent for so long that its slot may go; if it lives, it takes another."""
+        silent_ns = self._host.now_ns() - self._words[base + 5]
+        if silent_ns > gone_after_ns(self._words[base + 8]):
+            return True
+        return self._host.is_provably_dead(self._identity(base + 1))
+
+    def note_poll(self, slot: int, token: int, loaded: Position) -> bool:
+        """Note in our own slot that we polled, holding `loaded`; False if the slot is no longer ours."""
         base = slot * _SLOT_WORDS
         words = self._words
         if slot < 0 or words[base] != token:
@@ -94,6 +118,7 @@ class WorkerTable:
         if last > words[base + 8] // 4:
             words[base + 9] = (3 * words[base + 9] + last) // 4 if words[base + 9] else last
         words[base + 5] = now
+        words[base + 6], words[base + 7] = loaded
         return True
 
     def note_loaded(self, slot: int, token: int, position: Position) -> None:

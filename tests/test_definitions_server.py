@@ -77,9 +77,7 @@ def test_flag_helper_shapes_evaluate(server: DefinitionsServer, client: Posthog)
     assert locally(client, "paying", plan="free") is False
 
 
-def test_unchanged_definitions_are_not_sent_twice(
-    server: DefinitionsServer, client: Posthog
-) -> None:
+def test_unchanged_definitions_are_not_sent_twice(server: DefinitionsServer, client: Posthog) -> None:
     """A poll carries the last ETag: 304 if nothing changed, 200 if so, also on a change back."""
     client.load_feature_flags()
     first_etag = server.etag

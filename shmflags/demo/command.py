@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -56,6 +56,8 @@ class Interruptions:
 
     def __init__(self) -> None:
         self._held = False
+        self._deferring = False
+        self._deferred: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruptions:
@@ -71,8 +73,21 @@ class Interruptions:
     def hold(self) -> None:
         self._held = True
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let what begins in this block be noted for cleaning up before a signal raises."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self._deferred is not None:
+            self._interrupt(self._deferred, None)
+
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if not self._held:
+        if self._deferring:
+            self._deferred = number
+        elif not self._held:
             self._held = True
             raise Interrupted(number)
 
@@ -91,10 +106,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo; 0 if all it claims was observed, 1 if not, 2 if it cannot start."""
     try:
         _check_installed()
-        if arguments.host is None:
+        with Interruptions() as interruptions:
+            if arguments.host is not None:
+                return _run(_real(arguments.host, os.environ), None, interruptions)
             with DefinitionsServer(demo_flags(on=False), latency_s=0.2) as server:
-                return _run(_embedded(server), server)
-        return _run(_real(arguments.host, os.environ), None)
+                return _run(_embedded(server), server, interruptions)
     except UsageError as error:
         print(f"shmflags demo: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -114,27 +130,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(parser.parse_args(argv))
 
 
-def _run(target: Target, server: DefinitionsServer | None) -> int:
+def _run(target: Target, server: DefinitionsServer | None, interruptions: Interruptions) -> int:
     screen = Screen(sys.stdout)
     what = "a stand-in for PostHog's API on this host" if server else target.host
     screen.say(f"shmflags demo: {WORKERS} gunicorn workers with the real SDK, and {what}")
     if server is None:
         screen.say("Requests cannot be counted there: what follows is what the workers report.")
-    with Interruptions() as interruptions, _temporary_directory(interruptions) as directory:
-        workers = Workers(_environment(target, directory), directory / "gunicorn.log")
+    with ExitStack() as cleanup:
+        with interruptions.deferred():
+            directory = Path(tempfile.mkdtemp(prefix="shmflags-demo-"))
+            cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
+            workers = Workers(_environment(target, directory), directory / "gunicorn.log")
+            cleanup.callback(workers.stop)
+            cleanup.callback(interruptions.hold)
         tour = Tour(screen, workers, target.interval_s, target.latency_s, server)
         try:
-            try:
-                tour.run()
-            except WorkersGoneError as error:
-                screen.result(False, f"gunicorn runs to the end: {error}")
-            except StopTourError:
-                pass  # its claim is in the results
-            screen.step("gunicorn is stopped")
-            screen.result(workers.stop(), "gunicorn has ended, and each of its processes")
-        finally:
-            interruptions.hold()
-            workers.stop()
+            tour.run()
+        except WorkersGoneError as error:
+            screen.result(False, f"gunicorn runs to the end: {error}")
+        except StopTourError:
+            pass  # its claim is in the results
+        interruptions.hold()
+        screen.step("gunicorn is stopped")
+        screen.result(workers.stop(), "gunicorn has ended, and each of its processes")
         log = workers.log_tail()
     screen.result(not directory.exists(), "no file is left")
     screen.say()
@@ -185,14 +203,3 @@ def _environment(target: Target, directory: Path) -> dict[str, str]:
         for name in ("NO_PROXY", "no_proxy"):  # a proxy cannot reach our loopback
             environment[name] = ",".join(filter(None, [environment.get(name), "127.0.0.1"]))
     return environment
-
-
-@contextmanager
-def _temporary_directory(interruptions: Interruptions) -> Iterator[Path]:
-    """A directory of our own, gone at the end whatever is in it."""
-    directory = Path(tempfile.mkdtemp(prefix="shmflags-demo-"))
-    try:
-        yield directory
-    finally:
-        interruptions.hold()
-        shutil.rmtree(directory, ignore_errors=True)

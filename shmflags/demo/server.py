@@ -22,7 +22,6 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -123,22 +122,14 @@ class DefinitionsServer:
         self._full = _full_answer(definitions() if data is None else data)
         self._http = _HttpServer(self)
         self._thread = threading.Thread(
-            target=self._http.serve_forever,
-            kwargs={"poll_interval": 0.05},
-            name="definitions-server",
-            daemon=True,
+            target=self._http.serve_forever, args=(0.05,), name="definitions-server", daemon=True
         )
         self._thread.start()
 
     def __enter__(self) -> DefinitionsServer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -370,11 +361,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _definitions(self) -> None:
         owner = self.server.owner
         try:
-            answer, latency_s, hang = owner._arrived(
-                self.headers.get("If-None-Match"),
-                self.client_address[1],
-                self.headers.get("User-Agent", ""),
-            )
+            etag, agent = self.headers.get("If-None-Match"), self.headers.get("User-Agent", "")
+            answer, latency_s, hang = owner._arrived(etag, self.client_address[1], agent)
             if owner._delay(latency_s, hang) and answer.status != DROPPED:
                 self._send(answer)
             else:

@@ -175,8 +175,8 @@ class Tour:
         full = sum(asked.status == 200 for asked in after)
         self._screen.result(
             replaced and full <= 1,
-            f"worker {heir} fetches in the place of {victim.pid},"
-            f" {after[0].time_s - killed_s:.2f} s after its death, by {_count(full, 'full request')}",
+            f"worker {heir} fetches in the place of {victim.pid}, {after[0].time_s - killed_s:.2f} s"
+            f" after its death, by {_count(full, 'full request')}",
         )
         for pid in set(self._latest) - survivors:
             life = self._lifetimes[pid]

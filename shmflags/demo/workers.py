@@ -15,7 +15,7 @@ from shmflags.demo.report import Report
 
 WORKERS = 4
 _ANSWER_TIMEOUT_S = 10.0
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 10.0
 
 
 class WorkersGoneError(Exception):

@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shmflags.demo.server import DefinitionsServer, definitions, flag
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A base directory of the test's own, in memory where there is memory to be had."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="shmflags-test-", dir=base) as path:
+        os.chmod(path, 0o700)
+        yield Path(path)
+
+
+@pytest.fixture
+def server() -> Iterator[DefinitionsServer]:
+    """A definitions server with one flag, `one`, which is on."""
+    with DefinitionsServer(definitions(flag("one"))) as running:
+        yield running

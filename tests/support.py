@@ -1,0 +1,130 @@
+"""Worker processes, waiting, and what a test needs from the machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from tests import worker_main
+
+WAIT_S = 60.0
+"""Bound of any wait; reached only when something is wrong."""
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.worker_main"])
+
+
+class Worker:
+    """A worker process with a client of its own (worker_main.py), commanded through a pipe."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        self._process = _context.Process(target=worker_main.main, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        pid = self._process.pid
+        assert pid is not None
+        return pid
+
+    def start(self, command: str, *arguments: Any, **keywords: Any) -> Worker:
+        """Give a command and do not wait."""
+        self._connection.send((command, arguments, keywords))
+        return self
+
+    def result(self, timeout_s: float = WAIT_S) -> Any:
+        """The result of the command given last."""
+        if not self._connection.poll(timeout_s):
+            raise TimeoutError(f"worker {self.pid} did not answer within {timeout_s} s")
+        kind, value = self._connection.recv()
+        if kind == "error":
+            raise AssertionError(f"in worker {self.pid}:\n{value}")
+        return value
+
+    def call(self, command: str, *arguments: Any, **keywords: Any) -> Any:
+        """Give a command and return its result."""
+        return self.start(command, *arguments, **keywords).result()
+
+    def has_answered(self) -> bool:
+        return self._connection.poll(0)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until the process is gone."""
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join(WAIT_S)
+        assert not self._process.is_alive()
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until it has stopped."""
+        self.signal(signal.SIGSTOP)
+        wait_until(lambda: _state(self.pid) == "T", "the process stops")
+
+    def resume(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        self.kill()
+        self._connection.close()
+
+
+def _state(pid: int) -> str:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        line = file.read()
+    return line[line.rindex(b")") + 2 :][:1].decode()
+
+
+@contextmanager
+def workers(count: int) -> Iterator[list[Worker]]:
+    """`count` worker processes, gone after the block."""
+    running: list[Worker] = []
+    try:
+        for _ in range(count):
+            running.append(Worker())
+        yield running
+    finally:
+        for worker in running:
+            worker.close()
+
+
+def call_all(group: list[Worker], command: str, *arguments: Any, **keywords: Any) -> list[Any]:
+    """Give all the same command at the same time; their results in order."""
+    for worker in group:
+        worker.start(command, *arguments, **keywords)
+    return [worker.result() for worker in group]
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+    """Wait for something that no event tells of; fails when `timeout_s` is over."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {timeout_s} s in vain until {what}")
+        time.sleep(0.005)
+
+
+def require_program(name: str) -> str:
+    """The path of a program that a test drives; skips without it, fails where none may be missing."""
+    path = shutil.which(name)
+    if path is None:
+        if os.environ.get("SHMFLAGS_REQUIRE_SERVERS"):
+            pytest.fail(f"{name} is not installed, and no server-backed test may be skipped here")
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+__all__ = ["Connection", "Worker", "call_all", "require_program", "wait_until", "workers"]
