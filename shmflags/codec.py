@@ -33,6 +33,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import msgpack
@@ -64,7 +65,7 @@ class Encoded:
     items: list[bytes]
     digest: bytes
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes that index and items take."""
         return len(self.index) + sum(map(len, self.items))
@@ -100,32 +101,19 @@ def encode(data: object, known: Decoded | None = None) -> tuple[Encoded, Decoded
     envelope = dict(definitions)
     envelope["flags"] = envelope["cohorts"] = None
     flags, cohorts = definitions["flags"], definitions["cohorts"]
-    values: list[Any] = [envelope, *flags]
-    values.extend([key, cohort] for key, cohort in cohorts.items())
-
-    packer = msgpack.Packer(strict_types=True)
-    pack, entry = packer.pack, ENTRY.pack
+    values: list[Any] = [envelope, *flags, *map(list, cohorts.items())]
+    items = _pack_all(values, len(flags))
+    digests = [digest_of(item) for item in items]
+    # msgpack also takes bytes and keys that are no strings; what a reader would refuse is
+    # refused here. Bytes seen before were examined when they were first seen.
     seen = known.items if known is not None else {}
-    packed: list[bytes] = []
-    entries: list[bytes] = []
-    objects: dict[bytes, Any] = {}
-    for number, value in enumerate(values):
-        try:
-            item, plain = pack(value), True
-        except Exception:
-            item, plain = _pack(packer, value, number, len(flags))
-        digest = digest_of(item)
-        # msgpack also takes bytes and keys that are no strings; what a reader would refuse is
-        # refused here. Bytes seen before were examined when they were first seen.
-        if digest not in seen and plain:
-            _require_plain(value, number, len(flags))
-        packed.append(item)
-        entries.append(entry(len(item), digest))
-        objects[digest] = value
-    index = b"".join(entries)
+    for number, digest in enumerate(digests):
+        if digest not in seen:
+            _require_plain(values[number], number, len(flags))
+    index = b"".join(map(ENTRY.pack, map(len, items), digests))
     digest = content_digest(index, len(flags), len(cohorts))
-    encoded = Encoded(len(flags), len(cohorts), index, packed, digest)
-    return encoded, Decoded(definitions, digest, objects)
+    encoded = Encoded(len(flags), len(cohorts), index, items, digest)
+    return encoded, Decoded(definitions, digest, dict(zip(digests, values, strict=True)))
 
 
 def decode(
@@ -188,9 +176,10 @@ def _checked_shape(data: object) -> Definitions:
             raise InvalidDefinitionsError(
                 f"definitions[{name!r}] is {_kind(data[name])}, not a {kind.__name__}"
             )
-    for number, flag in enumerate(data["flags"]):
-        if type(flag) is not dict:
-            raise InvalidDefinitionsError(f"flags[{number}] is {_kind(flag)}, not a dict")
+    flags = data["flags"]
+    if not set(map(type, flags)) <= {dict}:
+        number = next(number for number, flag in enumerate(flags) if type(flag) is not dict)
+        raise InvalidDefinitionsError(f"flags[{number}] is {_kind(flags[number])}, not a dict")
     for key in data["cohorts"]:
         if type(key) is not str:
             raise InvalidDefinitionsError(f"cohorts has the key {key!r}; JSON has only strings")
@@ -207,19 +196,22 @@ def _place(number: int, flag_count: int) -> str:
     return f"flags[{number - 1}]" if number <= flag_count else f"cohort {number - flag_count - 1}"
 
 
-def _pack(packer: msgpack.Packer, value: Any, number: int, flag_count: int) -> tuple[bytes, bool]:
-    """The item's bytes, and whether they are msgpack all through (not JSON text)."""
+def _pack_all(values: list[Any], flag_count: int) -> list[bytes]:
+    pack = msgpack.Packer(strict_types=True).pack
+    try:
+        return [pack(value) for value in values]
+    except Exception:  # One of them needs more than plain msgpack, or cannot be stored.
+        return [_pack(value, number, flag_count) for number, value in enumerate(values)]
+
+
+def _pack(value: Any, number: int, flag_count: int) -> bytes:
     try:
         try:
-            return packer.pack(value), True
-        except UnicodeEncodeError:
-            pass  # Lone surrogates: the packer that takes them is slower.
+            # Lone surrogates: the packer that takes them is slower.
+            packed: bytes = msgpack.packb(value, strict_types=True, unicode_errors="surrogatepass")
+            return packed
         except OverflowError:
-            return _pack_text(value, number, flag_count), False
-        try:
-            return msgpack.packb(value, strict_types=True, unicode_errors="surrogatepass"), True
-        except OverflowError:
-            return _pack_text(value, number, flag_count), False
+            return _pack_text(value, number, flag_count)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDefinitionsError(
             f"{_place(number, flag_count)} cannot be stored: {error}",

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from shmflags import codec, page_file
@@ -68,36 +66,21 @@ class Member:
         # incarnation of the page that came in its place: only then may we write it again there.
         self.newest_before: tuple[Position, int] | None = None
         self._settings = settings
-        self._host = host
+        self.host = host
         self._journal = journal
         self._page: ControlPage | None = None
         self._slot = -1
-        self._writers: set[int] = set()
 
     @property
     def known_page(self) -> ControlPage | None:
         """The page as last attached; touches no file."""
         return self._page
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """For the time in which the page may name a snapshot of ours that is not noted as ours yet."""
-        thread = threading.get_ident()
-        self._writers.add(thread)
-        try:
-            yield
-        finally:
-            self._writers.discard(thread)
-
-    @property
-    def is_writing(self) -> bool:
-        return bool(self._writers)
-
     @property
     def owner(self) -> str:
         """A name for temporary files of ours, by which another process tells whether we live."""
         who = self.identity
-        nonce = self._host.random_word()
+        nonce = self.host.random_word()
         return f"{who.pid}-{who.start_ticks}-{who.pid_namespace}-{nonce:x}"
 
     def is_litter(self, owner: str) -> bool:
@@ -107,7 +90,7 @@ class Member:
             writer = Identity(int(parts[0]), int(parts[1]), int(parts[2]))
         except (ValueError, IndexError):
             return False
-        return writer != NOBODY and self._host.is_provably_dead(writer)
+        return writer != NOBODY and self.host.is_provably_dead(writer)
 
     def inherit(self, parent: Member) -> None:
         """Right after a fork, in the child: the map is shared, the locks are the parent's."""
@@ -127,7 +110,7 @@ class Member:
         with self.lock:
             self.directory.prepare(self._warn)
             found = page_file.attach(
-                self.directory, self._host, self.owner, self._settings.max_bytes, last
+                self.directory, self.host, self.owner, self._settings.max_bytes, last
             )
             if last is not None and held == last.last_position():
                 self.newest_before = (held, found.incarnation)

@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from shmflags.file_lock import FileLock, Inode
 from shmflags.processes import NOBODY, Host, Identity
 from shmflags.runtime_dir import RuntimeDir
-from shmflags.snapshot import Header, Position
+from shmflags.snapshot import IMPOSSIBLE, Header, Position
 from shmflags.worker_table import TABLE_WORDS, WorkerTable
 
 _MAGIC = int.from_bytes(b"shmflag1", "big")
@@ -75,6 +75,8 @@ _FIRST_COUNTER = 40
 _KEY = 64
 _KEY_BYTES = _WORD * (_TABLE - _KEY - 1)
 _COUNTER_WORDS = range(_FIRST_COUNTER, _FIRST_COUNTER + len(COUNTERS))
+# What rises by one at a time. From garbage it would not rise: the next number may not fit in a word.
+_RISING = (_POSITION + 1, _COUNT, _LAST + 1, _TERM, _ATTEMPTS, *_COUNTER_WORDS)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class ControlPage:
         self.directory = directory
         self.workers = WorkerTable(words[_TABLE:], host)
         self._host = host
+        self._boot = host.boot_id()
         self._words = words
         self._lock = FileLock(directory.page_path, inode, directory.uid, host)
 
@@ -139,8 +142,10 @@ class ControlPage:
         words = self._words
         if words[0] != _MAGIC or not words[_INCARNATION]:
             return "is not a control page"
-        if (words[_BOOT] | words[_BOOT + 1] << 64) != self._host.boot_id():
+        if (words[_BOOT] | words[_BOOT + 1] << 64) != self._boot:
             return "is from another boot"
+        if any(words[word] >= IMPOSSIBLE for word in _RISING):
+            return "holds numbers that nobody counted to"
         return ""
 
     def is_at_its_path(self) -> bool:
@@ -335,7 +340,7 @@ def new_page(
     if len(key) <= _KEY_BYTES:
         words[_KEY] = len(key)
         content[_WORD * (_KEY + 1) : _WORD * (_KEY + 1) + len(key)] = key
-    if last is not None:
+    if last is not None and not last.objection():
         kept = (_COUNT, _CHANGED, _VERIFIED, _LAST, _LAST + 1, _TERM)
         for word in (*kept, *range(_GRANT, _GRANT_WALL + 1), *_COUNTER_WORDS):
             words[word] = last._words[word]

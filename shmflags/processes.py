@@ -73,8 +73,8 @@ class Host:
             return False
         try:
             os.kill(other.pid, 0)
-        except ProcessLookupError:
-            return True
+        except (ProcessLookupError, OverflowError):
+            return True  # Garbage may name a pid that no process can have.
         except PermissionError:
             pass  # It exists; whether it is the same process, the start time tells.
         stat = _read_stat(other.pid)
@@ -129,6 +129,16 @@ def _read_stat_portably(pid: int) -> _Stat | None:
         )
     except psutil.Error:
         return None
+
+
+def process_state(pid: int) -> str:
+    """"running", "sleeping", "stopped", "zombie", …; "" if there is no such process."""
+    import psutil
+
+    try:
+        return str(psutil.Process(pid).status())
+    except (psutil.Error, OSError, ValueError):
+        return ""
 
 
 def command_line(pid: int) -> str:

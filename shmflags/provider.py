@@ -31,22 +31,21 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from shmflags import codec, publication, settings, snapshot
+from shmflags import codec, settings
 from shmflags.attachment import Attachment
 from shmflags.election import Outcome
 from shmflags.errors import (
     DamagedSnapshotError,
-    InvalidDefinitionsError,
     LockTimeoutError,
     PageReplacedError,
     UnsafePathError,
 )
 from shmflags.holding import Holding
 from shmflags.journal import Journal
-from shmflags.member import Member, Pending
+from shmflags.member import Member
 from shmflags.page import ControlPage
 from shmflags.processes import Host
-from shmflags.publication import Result
+from shmflags.publisher import Publisher
 from shmflags.snapshot import DEFAULT_MAX_BYTES
 from shmflags.watcher import Watcher
 
@@ -109,6 +108,7 @@ class SharedMemoryFlagCache:
         self._member_lock = threading.Lock()
         # What a fork hands on:
         self._holding = Holding()
+        self._publisher = Publisher(self._settings, self._holding, self._complain)
         self._watchers: list[Watcher] = []
         if hasattr(os, "register_at_fork"):
             this = weakref.ref(self)
@@ -154,7 +154,7 @@ class SharedMemoryFlagCache:
         Never raises: data that cannot be stored is logged, and what is served stays as it is.
         """
         try:
-            self._receive(self._me(), data)
+            self._publisher.receive(self._me(), data)
         except Exception as error:
             self._give_up("what was fetched could not be published", error)
 
@@ -251,14 +251,11 @@ class SharedMemoryFlagCache:
         if self._host.now_ns() < member.busy_until_ns:
             return False
         member.note_poll(page, self._holding.position)
-        if member.pending is not None:
-            with member.writing():
-                self._publish(member, page, member.pending)
+        self._publisher.try_again(member, page)
         if not self._settings.electable or member.closed or not member.election.may_lead(page):
             return False
         with member.lock:
-            with member.writing():
-                self._tend(member, page)
+            self._publisher.tend(member, page)
             outcome = member.election.poll(page, self._holding.client_state())
         return self._act_on(member, page, outcome)
 
@@ -270,83 +267,6 @@ class SharedMemoryFlagCache:
             self._holding.attachment.clear_etag()
         member.thread.fence = outcome.fence
         return outcome.fence is not None
-
-    def _tend(self, member: Member, page: ControlPage) -> None:
-        """Look after the snapshot, as the leader does at each poll."""
-        held = self._holding
-        newest = held.decoded if member.holds_newest(page, held.position) else None
-        if not publication.needs_tending(page, member.tended, newest):
-            return
-        try:
-            tended = publication.tend(page, self._host, newest, member.owner, self._settings.max_bytes)
-        except (OSError, UnsafePathError) as error:
-            self._complain("the snapshot could not be restored", error)
-            return
-        member.tended = tended.signature
-        if tended.restored is not None:
-            held.position = tended.restored
-        if tended.event:
-            member.tell(tended.event, page)
-        publication.clear_litter(page, member.is_litter)
-
-    # -- definitions in
-
-    def _receive(self, member: Member, data: object) -> None:
-        fence, member.thread.fence = member.thread.fence, None
-        member.election.note_received()
-        self._holding.received = _UNKNOWN_DIGEST
-        try:
-            encoded, decoded = codec.encode(data, self._holding.decoded)
-        except InvalidDefinitionsError as error:
-            self._complain("what was fetched cannot be shared, and what was served stays", error)
-            return
-        self._holding.received = decoded.digest
-        if not self._settings.electable or member.closed:
-            return
-        page = member.page(self._holding.position)
-        if fence is None:
-            if page.is_serving():
-                self._complain("dropped", "definitions that nobody was told to fetch")
-                return
-            fence = page.fence()
-        with member.writing():
-            self._publish(member, page, Pending(encoded, decoded, fence))
-
-    def _publish(self, member: Member, page: ControlPage, pending: Pending) -> None:
-        size = pending.encoded.size
-        if size > self._settings.max_bytes:
-            member.pending = None
-            self._complain(
-                "what was fetched is not shared, and what was served stays",
-                f"it takes {size} bytes; max_bytes is {self._settings.max_bytes}",
-            )
-            return
-        try:
-            done = publication.publish(
-                page,
-                self._host,
-                pending.encoded,
-                pending.fence,
-                member.owner,
-                self._settings.max_bytes,
-            )
-        except (OSError, LockTimeoutError, PageReplacedError, UnsafePathError) as error:
-            member.pending = pending
-            self._complain("a publish waits for the next poll", error)
-            return
-        member.pending = None
-        if done.event:
-            member.tell(done.event, page)
-        if done.result is Result.DROPPED:
-            member.tell("dropped: what was fetched, as something newer was published", page)
-            return
-        with member.lock:
-            self._holding.adopt(pending.decoded, done.position)
-            member.tended = snapshot.signature(page.directory.snapshot_path)
-        member.note_loaded(page, done.position)
-        if done.result is Result.PUBLISHED:
-            flags, cohorts = pending.encoded.flag_count, pending.encoded.cohort_count
-            member.tell(f"published: {flags} flags, {cohorts} cohorts, {size} bytes", page)
 
     # -- definitions out
 
@@ -411,8 +331,10 @@ class SharedMemoryFlagCache:
         page = member.known_page
         if page is None or member.closed:
             return None
-        if member.is_writing or member.pending is not None:
+        # While another thread of ours publishes, the page is ahead of what is noted here.
+        if member.pending is not None or not member.lock.acquire(blocking=False):
             return None
+        member.lock.release()
         if page.is_serving() and page.position() != self._holding.position:
             return page.position()
         if self._settings.electable:
@@ -449,8 +371,8 @@ class SharedMemoryFlagCache:
 
 def _after_fork(this: weakref.ref[SharedMemoryFlagCache]) -> None:
     cache = this()
-    if cache is not None and cache._watchers:
+    if cache is not None and cache._member is not None:
         try:
             cache._me()
         except Exception as error:
-            cache._complain("a watcher could not be started", error)
+            cache._complain("the cache could not be taken over by a forked child", error)

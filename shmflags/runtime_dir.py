@@ -90,17 +90,37 @@ class RuntimeDir:
         Raises `UnsafePathError` if another user could tamper with it, `OSError` if it cannot be
         made. `warn` takes one sentence about an explicit base that is not as it should be.
         """
-        objection = base_objection(self.base, self.uid)
-        if objection is not None:
-            if not self.explicit:
-                raise objection
-            warn(str(objection))
+        self._check_base(warn)
         for directory in (self.user_path, self.version_path, self.path):
             try:
                 os.mkdir(directory, 0o700)
             except FileExistsError:
                 pass
             check_directory(directory, self.uid)
+
+    def check(self, warn: Callable[[str], None]) -> None:
+        """As `prepare`, but create nothing: raises `FileNotFoundError` if there is nothing yet."""
+        self._check_base(warn)
+        for directory in (self.user_path, self.version_path, self.path):
+            check_directory(directory, self.uid)
+
+    def _check_base(self, warn: Callable[[str], None]) -> None:
+        objection = base_objection(self.base, self.uid)
+        if objection is not None:
+            if not self.explicit:
+                raise objection
+            warn(str(objection))
+
+
+@dataclass(frozen=True)
+class FoundDir(RuntimeDir):
+    """A directory known by its `name`; its service key, of which that holds a hash, is not known."""
+
+    name: str = ""
+
+    @cached_property
+    def path(self) -> Path:
+        return self.version_path / self.name
 
 
 def locate(directory: str | os.PathLike[str] | None, service_key: str, uid: int) -> RuntimeDir:
@@ -114,6 +134,26 @@ def locate(directory: str | os.PathLike[str] | None, service_key: str, uid: int)
     shm = Path("/dev/shm")
     base = shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     return RuntimeDir(base, uid, service_key, explicit=False)
+
+
+def found(directory: str | os.PathLike[str] | None, uid: int) -> list[RuntimeDir]:
+    """The runtime directories of all service keys of `uid`, by name; touches nothing in them."""
+    at = locate(directory, "", uid)
+    try:
+        names = sorted(os.listdir(at.version_path))
+    except OSError:
+        return []
+    return [FoundDir(at.base, uid, "", at.explicit, name) for name in names]
+
+
+def users_with_files(base: Path) -> list[int]:
+    """The uids for which there is a user directory below `base`."""
+    try:
+        names = os.listdir(base)
+    except OSError:
+        return []
+    matches = (re.fullmatch(r"shmflags-([0-9]+)", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def directory_name(service_key: str) -> str:

@@ -41,6 +41,8 @@ _MAGIC = b"shmflags"
 _FIELDS = struct.Struct("<8sQQQ16sQQII16s")
 HEADER_BYTES = _FIELDS.size + codec.DIGEST_BYTES
 DEFAULT_MAX_BYTES = 256 * 1024 * 1024
+# No number that rises by one at a time gets here; one that is there already was not written by us.
+IMPOSSIBLE = 1 << 48
 
 
 class Position(NamedTuple):
@@ -183,7 +185,7 @@ def _checked_header(view: memoryview, size: int) -> Header:
     (magic, incarnation, generation, count, boot, length, wall, flags, cohorts, digest) = (
         _FIELDS.unpack(fields)
     )
-    if magic != _MAGIC or length != size or not incarnation or not generation:
+    if magic != _MAGIC or length != size or not incarnation or not 0 < generation < IMPOSSIBLE > count:
         raise DamagedSnapshotError("its header is not that of a snapshot of this size")
     return Header(
         position=Position(incarnation, generation),

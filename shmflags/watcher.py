@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Hashable
 
 _AGAIN_S = 1.0
+# In a forked child the client's own at-fork hook, which makes its locks anew, may run after ours.
+_SETTLE_S = 0.2
 
 
 class Watcher:
@@ -33,15 +35,17 @@ class Watcher:
         self._on_error = on_error
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.restart()
+        self._start(settle_s=0.0)
 
     def restart(self) -> None:
-        """Start the thread; in a forked child, where the parent's did not come along, start it anew."""
-        if self._stop.is_set():
-            return
-        self._stop = threading.Event()
+        """In a forked child, where the parent's thread did not come along: start one."""
+        if not self._stop.is_set():
+            self._stop = threading.Event()
+            self._start(settle_s=_SETTLE_S)
+
+    def _start(self, settle_s: float) -> None:
         self._thread = threading.Thread(
-            target=self._run, args=(self._stop,), name="shmflags-watcher", daemon=True
+            target=self._run, args=(self._stop, settle_s), name="shmflags-watcher", daemon=True
         )
         self._thread.start()
 
@@ -56,12 +60,13 @@ class Watcher:
     def is_alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def _run(self, stop: threading.Event) -> None:
+    def _run(self, stop: threading.Event, settle_s: float) -> None:
         seen: Hashable | None = None
-        wait_s = self._interval_s
         quiet_s = 0.0
-        while not stop.wait(wait_s):
-            quiet_s += wait_s
+        if settle_s:
+            stop.wait(settle_s)
+        while not stop.wait(self._interval_s):
+            quiet_s += self._interval_s
             try:
                 found = self._notice()
                 if found is None:

@@ -134,25 +134,27 @@ class WorkerTable:
             self._words[base] = 0
 
     def rows(self) -> list[Worker]:
-        """The slots that are taken, the dead included. Without the lock a row may be half new."""
+        """The slots that are taken, the dead included."""
         words = self._words
         rows = []
         for slot in range(SLOTS):
             base = slot * _SLOT_WORDS
-            if words[base]:
-                rows.append(
-                    Worker(
-                        slot=slot,
-                        token=words[base],
-                        identity=self._identity(base + 1),
-                        started_wall_ns=words[base + 4],
-                        last_poll_ns=words[base + 5],
-                        loaded=Position(words[base + 6], words[base + 7]),
-                        interval_ns=words[base + 8],
-                        spacing_ns=words[base + 9],
-                        electable=words[base + 10] == 1,
-                    )
-                )
+            token = words[base]
+            if not token:
+                continue
+            row = Worker(
+                slot=slot,
+                token=token,
+                identity=self._identity(base + 1),
+                started_wall_ns=words[base + 4],
+                last_poll_ns=words[base + 5],
+                loaded=Position(words[base + 6], words[base + 7]),
+                interval_ns=words[base + 8],
+                spacing_ns=words[base + 9],
+                electable=words[base + 10] == 1,
+            )
+            if words[base] == token:  # Else it changed hands while it was read, and is half new.
+                rows.append(row)
         return rows
 
     def _identity(self, base: int) -> Identity:

@@ -385,9 +385,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer.body)
 
 
-_NO_FLAGS = json.dumps(
-    {"flags": {}, "errorsWhileComputingFlags": False, "requestId": "definitions-server"}
-).encode()
+_NO_FLAGS = b'{"flags": {}, "errorsWhileComputingFlags": false, "requestId": "none"}'
 
 
 def _full_answer(data: Mapping[str, Any]) -> _Answer:
