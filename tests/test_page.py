@@ -1,0 +1,315 @@
+"""The control page: its records, its lock, its file."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from shmflags import page as page_module
+from shmflags import page_file
+from shmflags.errors import LockTimeoutError, PageReplacedError, ShmFlagsError, UnsafePathError
+from shmflags.page import COUNTERS, PAGE_BYTES, ControlPage, Fence, Grant, Lease
+from shmflags.processes import Host, Identity
+from shmflags.runtime_dir import RuntimeDir, locate
+from shmflags.snapshot import DEFAULT_MAX_BYTES, NOTHING, Header, Position
+from tests.manual_host import Machine, ManualHost
+from tests.support import WAIT_S
+
+TOP = 2**64 - 1
+
+
+@pytest.fixture
+def home(directory: Path) -> RuntimeDir:
+    found = locate(directory, "test", os.geteuid())
+    found.prepare(lambda _: None)
+    return found
+
+
+@pytest.fixture
+def page(home: RuntimeDir) -> ControlPage:
+    return attach(home)
+
+
+def attach(home: RuntimeDir, last: ControlPage | None = None, host: Host | None = None) -> ControlPage:
+    return page_file.attach(home, host or Host(), "1-2-3-4", DEFAULT_MAX_BYTES, last)
+
+
+def header(incarnation: int, generation: int, count: int, digest: bytes = b"d" * 16) -> Header:
+    return Header(Position(incarnation, generation), count, 1, 200, 77, 1, 0, digest)
+
+
+def test_a_new_page_is_private_whole_and_empty(home: RuntimeDir, page: ControlPage) -> None:
+    """A new page has its full size at once, serves nothing, has no leader, and no litter beside it."""
+    info = os.stat(home.page_path)
+    assert (info.st_size, info.st_mode & 0o777) == (PAGE_BYTES, 0o600)
+    assert info.st_blocks * 512 >= PAGE_BYTES, "a sparse file would be a SIGBUS on a full disk"
+    assert os.listdir(home.path) == ["page"]
+    assert page.position() == page.last_position() == NOTHING
+    assert not page.is_serving()
+    assert page.digest() == bytes(16)
+    assert page.lease().token == page.lease().deadline_ns == page.grant().at_ns == 0
+    assert page.fence() == Fence(page.incarnation, 0, 0)
+    assert page.incarnation != 0
+    assert set(page.counters().values()) == {0}
+    assert page.workers.rows() == []
+
+
+def test_records_come_back_as_written(page: ControlPage) -> None:
+    """Lease and grant survive the page with every value a word can have, next to each other."""
+    lease = Lease(TOP, TOP - 1, Identity(TOP - 2, TOP - 3, TOP - 4), TOP - 5, TOP - 6, TOP - 7, TOP - 8)
+    grant = Grant(TOP - 9, TOP - 10, Identity(TOP - 11, TOP - 12, TOP - 13), TOP - 14, TOP - 15)
+    page.write_lease(lease)
+    page.write_grant(grant)
+    page.accept_snapshot(header(5, 6, 7, bytes(range(16))))
+    assert page.lease() == lease
+    assert page.grant().at_ns == grant.at_ns
+    assert page.grant().holder == grant.holder
+    assert page.grant().attempts == 0, "an accepted publish ends the count of attempts"
+    assert page.position() == page.last_position() == Position(5, 6)
+    assert page.digest() == bytes(range(16))
+    assert page.fence() == Fence(page.incarnation, 7, TOP)
+    assert page.times() == (77, 77)
+
+
+def test_another_process_sees_the_same(home: RuntimeDir, page: ControlPage) -> None:
+    """Two maps of the file are one page."""
+    other = attach(home)
+    page.count("granted")
+    page.accept_snapshot(header(1, 2, 3))
+    assert other.counters()["granted"] == 1
+    assert other.position() == Position(1, 2)
+    assert other.incarnation == page.incarnation
+
+
+def test_an_unchanged_publish_moves_count_and_time_only(page: ControlPage) -> None:
+    """The same content again raises the count and the time of verification; position and digest stay."""
+    page.accept_snapshot(header(1, 2, 3))
+    page.write_grant(Grant(1, 1, Identity(1, 1, 1), 4, 1))
+    page.accept_unchanged(99)
+    assert page.position() == Position(1, 2)
+    assert page.fence().count == 4
+    assert page.times() == (77, 99)
+    assert page.grant().attempts == 0
+
+
+def test_a_restored_snapshot_is_no_publication(page: ControlPage) -> None:
+    """Restoring what was lost leaves the count: a fetch under way may still be published."""
+    page.accept_snapshot(header(1, 2, 3))
+    page.report_damage(Position(1, 2))
+    assert page.damage_is_reported()
+    page.clear_snapshot()
+    assert not page.is_serving()
+    assert not page.damage_is_reported()
+    assert page.last_position() == Position(1, 2)
+    assert page.digest() == bytes(16)
+    page.restore_snapshot(header(1, 2, 9))
+    assert page.position() == Position(1, 2)
+    assert page.fence().count == 3
+
+
+def test_an_older_count_does_not_lower_the_page(page: ControlPage) -> None:
+    """Taking up a snapshot never lowers the publication count, which fences depend on."""
+    page.accept_snapshot(header(1, 2, 8))
+    page.accept_snapshot(header(1, 3, 5))
+    assert page.fence().count == 8
+
+
+def test_vacating_keeps_the_term(page: ControlPage) -> None:
+    """A vacated lease has no leader and no deadline; the next term will be higher."""
+    page.write_lease(Lease(4, 9, Identity(1, 2, 3), 10, 20, 30, 40))
+    page.vacate()
+    lease = page.lease()
+    assert (lease.term, lease.token, lease.deadline_ns) == (4, 0, 0)
+    assert lease.holder == Identity(0, 0, 0)
+
+
+def test_counters_are_apart(page: ControlPage) -> None:
+    """Each counter counts by itself."""
+    for number, name in enumerate(COUNTERS):
+        for _ in range(number):
+            page.count(name)
+    assert page.counters() == {name: number for number, name in enumerate(COUNTERS)}
+
+
+# -- the lock
+
+
+def test_the_lock_excludes_and_names_its_holder(home: RuntimeDir, page: ControlPage) -> None:
+    """While one holds the lock another gives up after a bounded wait; the page says who holds it."""
+    other = attach(home)
+    with page.locked():
+        assert other.lock_holder().pid == os.getpid()
+        assert other.lock_holder().since_ns > 0
+        with pytest.raises(LockTimeoutError, match="50 ms"), other.locked():
+            pass
+    assert other.lock_holder().pid == 0
+    with other.locked():
+        pass
+
+
+def test_the_lock_is_free_after_an_error(page: ControlPage) -> None:
+    """An error in the block frees the lock and the word that names its holder."""
+    with pytest.raises(ZeroDivisionError), page.locked():
+        raise ZeroDivisionError
+    assert page.lock_holder().pid == 0
+    with page.locked():
+        pass
+
+
+def test_no_descriptor_is_left_open(page: ControlPage) -> None:
+    """Locking a hundred times opens and closes a hundred descriptors."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(100):
+        with page.locked():
+            pass
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_on_a_file_that_is_gone_excludes_nobody(
+    home: RuntimeDir, page: ControlPage, replaced: bool
+) -> None:
+    """The lock of a page that was removed or replaced is refused."""
+    home.page_path.unlink()
+    if replaced:
+        attach(home)
+    assert not page.is_at_its_path()
+    with pytest.raises(PageReplacedError), page.locked():
+        pass
+
+
+def test_a_page_replaced_while_waiting_for_its_lock_is_noticed(
+    home: RuntimeDir, page: ControlPage
+) -> None:
+    """Whoever waited for the lock of a file that was replaced meanwhile starts over."""
+    outcome: list[BaseException] = []
+    entered, leave = threading.Event(), threading.Event()
+
+    class WaitingHost(Host):
+        def sleep(self, seconds: float) -> None:
+            entered.set()
+            assert leave.wait(WAIT_S)
+
+        def now_ns(self) -> int:
+            return 0
+
+    waiting = attach(home, host=WaitingHost())
+
+    def wait() -> None:
+        try:
+            with waiting.locked():
+                pass
+        except PageReplacedError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=wait)
+    with page.locked():
+        thread.start()
+        assert entered.wait(WAIT_S)
+        home.page_path.unlink()
+        attach(home)
+    leave.set()
+    thread.join(WAIT_S)
+    assert len(outcome) == 1
+
+
+# -- the file
+
+
+def test_a_lost_page_goes_on_where_it_was(home: RuntimeDir, page: ControlPage) -> None:
+    """A page made in the place of a lost one keeps last grant, term, count and counters, not the lease."""
+    page.write_lease(Lease(4, 9, Identity(1, 2, 3), 10, 20, 30, 40))
+    page.write_grant(Grant(123, 9, Identity(1, 2, 3), 2, 5))
+    page.accept_snapshot(header(page.incarnation, 2, 8))
+    page.count("granted")
+    home.page_path.unlink()
+    new = attach(home, page)
+    assert new.incarnation != page.incarnation
+    assert new.fence() == Fence(new.incarnation, 8, 4)
+    assert new.grant().at_ns == 123
+    assert new.lease().token == 0
+    assert new.last_position() == page.last_position()
+    assert not new.is_serving()
+    assert new.counters()["granted"] == 1
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"x", bytes(PAGE_BYTES), b"\xff" * PAGE_BYTES, bytes(PAGE_BYTES - 8), bytes(PAGE_BYTES + 8)],
+    ids=len,
+)
+def test_a_garbage_page_is_replaced(home: RuntimeDir, garbage: bytes) -> None:
+    """Whatever of ours stands in the page's place, a usable page takes it."""
+    home.page_path.write_bytes(garbage)
+    os.chmod(home.page_path, 0o600)
+    with pytest.raises(ShmFlagsError):
+        page_file.open_existing(home, Host())
+    page = attach(home)
+    assert page.is_at_its_path()
+    assert os.listdir(home.path) == ["page"]
+
+
+def test_a_page_of_another_boot_is_replaced(home: RuntimeDir) -> None:
+    """A page that names another boot, in either half of its id, is not used."""
+    machine = Machine(boot=1 << 64 | 5)
+    before = attach(home, host=ManualHost(machine, 1))
+    assert attach(home, host=ManualHost(machine, 2)).incarnation == before.incarnation
+    for boot in (5, 1 << 64 | 6):
+        machine.boot = boot
+        after = attach(home, host=ManualHost(machine, 1))
+        assert after.incarnation != before.incarnation
+        before = after
+
+
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "wide"])
+def test_what_is_ours_and_unsafe_is_replaced(home: RuntimeDir, tmp_path: Path, kind: str) -> None:
+    """A symlink, a FIFO or an open file in our directory is replaced, and a symlink's target left alone."""
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    if kind == "symlink":
+        home.page_path.symlink_to(target)
+    elif kind == "fifo":
+        os.mkfifo(home.page_path)
+    else:
+        attach(home)
+        os.chmod(home.page_path, 0o666)
+    attach(home)
+    assert home.page_path.stat().st_mode & 0o777 == 0o600
+    assert not home.page_path.is_symlink()
+    assert target.read_bytes() == b"precious"
+
+
+def test_a_directory_in_its_place_is_refused(home: RuntimeDir) -> None:
+    """What cannot be replaced is named, with what to do."""
+    os.mkdir(home.page_path)
+    with pytest.raises(UnsafePathError, match="remove"):
+        attach(home)
+
+
+def test_many_who_make_the_page_at_once_share_one(home: RuntimeDir) -> None:
+    """Of eight who find no page, one makes it, and all have the same."""
+    barrier = threading.Barrier(8)
+    found: list[int] = []
+
+    def make(number: int) -> None:
+        barrier.wait(WAIT_S)
+        page = page_file.attach(home, Host(), f"1-2-3-{number}", DEFAULT_MAX_BYTES)
+        found.append(page.incarnation)
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert os.listdir(home.path) == ["page"]
+
+
+def test_the_layout_is_aligned_and_does_not_overlap() -> None:
+    """The words of the head end before the worker table."""
+    assert PAGE_BYTES % 8 == 0
+    assert page_module._FIRST_COUNTER + len(COUNTERS) <= page_module._KEY
