@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from pathlib import Path
+
 import pytest
 
-from shmflags.election import is_due, may_publish, why_takeable
+from shmflags import page_file
+from shmflags.election import (
+    ClientState,
+    Election,
+    Outcome,
+    is_due,
+    may_publish,
+    why_takeable,
+)
 from shmflags.page import Fence, Grant, Lease
 from shmflags.processes import Identity
 from shmflags.publication import is_successor
-from shmflags.snapshot import NOTHING, Position
+from shmflags.runtime_dir import RuntimeDir, locate
+from shmflags.snapshot import NOTHING, Header, Position
+from tests.manual_host import Machine, ManualHost
 
 S = 1_000_000_000
 HOLDER = Identity(10, 20, 30)
@@ -100,3 +114,305 @@ def test_which_snapshot_follows_which(
 ) -> None:
     """Within an incarnation generations count; otherwise only the page's own incarnation is newer."""
     assert is_successor(found, last, incarnation) is newer
+
+
+# -- the rules applied to a real page, under a clock that the test moves
+
+
+class Contender:
+    """An election of one simulated process."""
+
+    def __init__(
+        self, page_home: RuntimeDir, machine: Machine, pid: int, max_term_s: int = 1800
+    ) -> None:
+        self.host = ManualHost(machine, pid)
+        self.page = page_file.attach(page_home, self.host, f"{pid}-0-0-0", 1 << 20)
+        self.election = Election(self.host, pid, self.host.identity(), 30 * S, 90 * S, max_term_s * S)
+        self.client = ClientState(None, NOTHING, attached=False)
+        with self.page.locked():
+            self.page.workers.register(pid, self.host.identity(), 30 * S, electable=True)
+
+    def poll(self) -> Outcome:
+        for worker in self.page.workers.rows():
+            self.page.workers.note_poll(worker.slot, self.election.token, NOTHING)
+        return self.election.poll(self.page, self.client)
+
+    def take_over(self) -> Outcome:
+        return self.election.take_over(self.page, self.client)
+
+    def publish(self, digest: bytes = b"d" * 16) -> None:
+        """What an accepted publish of new content does to the page."""
+        self.election.note_received()
+        position = Position(self.page.incarnation, self.page.last_position().generation + 1)
+        count = self.page.fence().count + 1
+        with self.page.locked():
+            self.page.accept_snapshot(Header(position, count, 7, 200, 1, 1, 0, digest))
+
+
+class Rivals:
+    def __init__(self, home: RuntimeDir) -> None:
+        self.home = home
+        self.machine = Machine()
+        self.last = 0
+
+    def join(self, max_term_s: int = 1800) -> Contender:
+        self.last += 1
+        return Contender(self.home, self.machine, self.last, max_term_s)
+
+
+@pytest.fixture
+def rivals(directory: Path) -> Rivals:
+    home = locate(directory, "test", os.geteuid())
+    home.prepare(lambda _: None)
+    return Rivals(home)
+
+
+def test_the_first_is_elected_and_granted(rivals: Rivals) -> None:
+    """A vacant lease is taken in term 1 for its length, with a grant in the taker's name."""
+    first = rivals.join()
+    assert first.election.may_lead(first.page)
+    outcome = first.poll()
+    lease, grant = first.page.lease(), first.page.grant()
+    now = rivals.machine.now
+    assert outcome == Outcome(
+        leads=True,
+        fence=Fence(first.page.incarnation, 0, 1),
+        events=("elected: to lead, as it was vacant",),
+    )
+    assert (lease.term, lease.token, lease.holder) == (1, 1, first.host.identity())
+    assert (lease.length_ns, lease.deadline_ns, lease.elected_ns) == (90 * S, now + 90 * S, now)
+    assert (grant.at_ns, grant.token, grant.holder, grant.attempts) == (
+        now,
+        1,
+        first.host.identity(),
+        1,
+    )
+    assert first.page.counters()["granted"] == 1
+    assert first.page.counters()["takeovers"] == 0
+
+
+def test_a_follower_takes_no_lock_while_the_leader_lives(rivals: Rivals) -> None:
+    """While the deadline is ahead and nothing proves death, there is nothing to poll for."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    assert not second.election.may_lead(second.page)
+    assert second.poll() == Outcome(leads=False)
+    rivals.machine.dead.add(1)
+    assert second.election.may_lead(second.page)
+
+
+def test_a_dead_leader_is_succeeded_in_a_new_term(rivals: Rivals) -> None:
+    """Taking over raises the term, says from whom and why, and is counted."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    first.publish()
+    rivals.machine.dead.add(1)
+    rivals.machine.pass_time(20)
+    second.client = ClientState(None, NOTHING, attached=False)
+    outcome = second.poll()
+    assert outcome.events == ("took over: from process 1, as its holder is dead",)
+    assert outcome.leads
+    assert outcome.fence == Fence(second.page.incarnation, 1, 2)
+    assert second.page.lease().term == 2
+    assert second.page.counters()["takeovers"] == 1
+
+
+def test_a_deposed_leader_says_so_once(rivals: Rivals) -> None:
+    """A leader that finds another in its place logs it once, and follows."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    first.publish()
+    rivals.machine.pass_time(91)
+    assert second.poll().leads
+    assert first.election.may_lead(first.page)
+    assert first.poll() == Outcome(leads=False, events=("deposed: process 2 leads",))
+    assert not first.election.may_lead(first.page)
+    assert first.poll() == Outcome(leads=False)
+
+
+def test_a_poll_renews_the_lease_in_the_same_term(rivals: Rivals) -> None:
+    """A renewal moves the deadline, and neither term nor time of election, and is no event."""
+    first = rivals.join()
+    first.poll()
+    first.publish()
+    elected = first.page.lease().elected_ns
+    rivals.machine.pass_time(10)
+    assert first.poll() == Outcome(leads=True)
+    lease = first.page.lease()
+    assert (lease.term, lease.elected_ns) == (1, elected)
+    assert lease.deadline_ns == rivals.machine.now + 90 * S
+
+
+def test_taking_over_a_cold_start_renews_nothing(rivals: Rivals) -> None:
+    """With nothing to serve, whoever waits fetches when a grant is due, and a lease is not prolonged."""
+    first = rivals.join()
+    outcome = first.take_over()
+    assert outcome.leads
+    assert outcome.fence == Fence(first.page.incarnation, 0, 1)
+    deadline = first.page.lease().deadline_ns
+    rivals.machine.pass_time(14)
+    assert first.take_over() == Outcome(leads=False)
+    rivals.machine.pass_time(1)
+    assert first.take_over().fence == Fence(first.page.incarnation, 0, 1)
+    assert first.page.lease().deadline_ns == deadline
+
+
+def test_a_cold_start_waits_for_the_living_fetcher(rivals: Rivals) -> None:
+    """Nobody takes over from a fetcher that lives; from a dead one, when its second has passed."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    assert second.take_over() == Outcome(leads=False)
+    rivals.machine.dead.add(1)
+    assert second.take_over() == Outcome(leads=False)
+    assert second.page.lease().token == 1, "without a grant to be had, the lease is left alone"
+    rivals.machine.pass_time(1)
+    outcome = second.take_over()
+    assert outcome.fence == Fence(second.page.incarnation, 0, 2)
+    assert second.page.grant().attempts == 2
+
+
+def test_nothing_is_taken_over_once_there_is_something_to_serve(rivals: Rivals) -> None:
+    """A publish that comes while somebody is about to take over ends the cold start."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    first.publish()
+    rivals.machine.dead.add(1)
+    rivals.machine.pass_time(20)
+    assert second.take_over() == Outcome(leads=False)
+    assert second.page.lease().token == 1
+
+
+def test_resigning_frees_only_what_is_ours(rivals: Rivals) -> None:
+    """The leader's resignation vacates the lease; a follower's changes nothing."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    assert second.election.resign(second.page) is False
+    assert first.page.lease().token == 1
+    assert first.election.resign(first.page) is True
+    assert first.page.lease().token == 0
+    assert first.election.resign(first.page) is False
+    assert second.poll().events == ("elected: to lead, as it was vacant",)
+    assert first.poll() == Outcome(leads=False), "resigning is no deposition"
+
+
+@pytest.mark.parametrize(
+    ("received", "position", "trusted"),
+    [
+        (None, Position(9, 9), True),
+        (b"d" * 16, Position(0, 1), True),
+        (b"d" * 16, Position(0, 0), False),
+        (b"x" * 16, Position(0, 1), False),
+    ],
+)
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_doubtful_etag_is_cleared_or_makes_others_go_first(
+    rivals: Rivals, received: bytes | None, position: Position, trusted: bool, attached: bool
+) -> None:
+    """Received and held must be what is published; else the ETag is cleared, or another goes first."""
+    first, second, third = rivals.join(), rivals.join(), rivals.join()
+    first.poll()
+    first.publish()
+    incarnation = first.page.incarnation
+    third.poll()
+    rivals.machine.dead.add(1)
+    rivals.machine.pass_time(20)
+    held = position if position.incarnation else Position(incarnation, position.generation)
+    second.client = ClientState(received, held, attached)
+    outcome = second.poll()
+    assert outcome.clear_etag == (attached and not trusted)
+    assert (outcome.fence is not None) == (attached or trusted)
+    if attached or trusted:
+        return
+    assert not second.election.may_lead(second.page), "it abstains for an interval"
+    assert second.poll() == Outcome(leads=False)
+    rivals.machine.pass_time(29)
+    assert second.poll() == Outcome(leads=False)
+    rivals.machine.pass_time(1)
+    assert second.poll().fence is not None, "nobody came: then it leads all the same"
+
+
+def test_a_doubtful_etag_alone_leads_at_once(rivals: Rivals) -> None:
+    """With nobody else alive there is nobody to wait for."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    first.publish()
+    rivals.machine.dead.add(1)
+    rivals.machine.pass_time(20)
+    second.client = ClientState(b"x" * 16, NOTHING, attached=False)
+    assert second.poll().fence is not None
+
+
+@pytest.mark.parametrize("silent_s", [75, 76])
+def test_who_has_not_polled_for_long_is_nobody_to_wait_for(rivals: Rivals, silent_s: int) -> None:
+    """A worker whose last poll is more than two and a half of its intervals ago does not count."""
+    first, second = rivals.join(max_term_s=10), rivals.join()
+    first.poll()
+    first.publish()
+    second.poll()
+    rivals.machine.pass_time(silent_s)
+    assert first.poll().leads == (silent_s > 75)
+
+
+def test_a_fruitless_fetch_makes_way_and_abstains(rivals: Rivals) -> None:
+    """A grant that had to bring a publish and did not is the last one until others had their turn."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    second.poll()
+    rivals.machine.pass_time(1)
+    assert first.poll() == Outcome(leads=False, events=("yielded: its fetch brought nothing",))
+    assert first.page.lease().token == 0
+    assert first.page.lease().term == 1
+    assert not first.election.may_lead(first.page)
+    assert first.take_over() == Outcome(leads=False)
+    assert second.poll().leads
+
+
+def test_a_fetch_under_way_in_another_thread_is_not_fruitless(rivals: Rivals) -> None:
+    """Another thread's poll does not end a fetch, until an interval has passed."""
+    first, second = rivals.join(), rivals.join()
+    second.poll()
+    second.election.resign(second.page)
+    thread = threading.Thread(target=first.poll)
+    rivals.machine.pass_time(15)
+    thread.start()
+    thread.join()
+    rivals.machine.pass_time(29)
+    second.poll()
+    assert first.poll().leads
+    rivals.machine.pass_time(1)
+    assert first.poll().events == ("yielded: its fetch brought nothing",)
+
+
+def test_a_grant_that_need_bring_nothing_is_never_fruitless(rivals: Rivals) -> None:
+    """Once something is served and the ETag is sound, a 304 is as good as an answer."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    first.publish()
+    first.client = ClientState(b"d" * 16, first.page.position(), attached=False)
+    for _ in range(3):
+        rivals.machine.pass_time(30)
+        second.poll()
+        outcome = first.poll()
+        assert outcome.leads
+        assert outcome.fence is not None
+        assert outcome.events == ()
+    assert first.page.grant().attempts == 0
+
+
+def test_rotation_is_told_as_such(rivals: Rivals) -> None:
+    """Past max_term the leader yields, says why, and another may take the lease at once."""
+    first, second = rivals.join(max_term_s=50), rivals.join()
+    first.poll()
+    first.publish()
+    first.client = ClientState(b"d" * 16, first.page.position(), attached=False)
+    second.client = first.client
+    rivals.machine.pass_time(50)
+    second.poll()
+    assert first.poll().leads
+    rivals.machine.pass_time(1)
+    second.poll()
+    assert first.poll() == Outcome(leads=False, events=("yielded: it led for max_term",))
+    outcome = second.poll()
+    assert outcome.leads
+    assert second.page.lease().term == 2
+    assert second.page.counters()["takeovers"] == 0
