@@ -12,14 +12,18 @@ from shmflags.errors import (
     UnsupportedPlatformError,
 )
 from shmflags.provider import SharedMemoryFlagCache
+from shmflags.status import Status
+from shmflags.watcher import Watcher
 
 __all__ = [
     "DamagedSnapshotError",
     "InvalidDefinitionsError",
     "SharedMemoryFlagCache",
     "ShmFlagsError",
+    "Status",
     "UnsafePathError",
     "UnsupportedPlatformError",
+    "Watcher",
     "__version__",
     "validate_provider",
 ]

@@ -57,6 +57,13 @@ class Attachment:
         client = self._client()
         return client is not None and bool(flags) and client.feature_flags is flags
 
+    def evaluates(self, flags: list[Any]) -> bool:
+        """Whether the client evaluates from this very list, or has none as there are none."""
+        client = self._client()
+        if client is None or client.feature_flags is None:
+            return False
+        return client.feature_flags is flags or not (flags or client.feature_flags)
+
     def clear_etag(self) -> None:
         """Make the client's next request ask for a full answer."""
         client = self._client()

@@ -218,8 +218,8 @@ def _about_silence(worker: Worker, view: View) -> str:
         return f"{silent}: it is stopped; continue it (kill -CONT {pid}) or end it."
     if _is_elsewhere(worker.identity, view.namespace):
         return (
-            f"{silent}: it is in another pid namespace (a container), and may be gone; restart it if it "
-            "is there."
+            f"{silent}: it is in another pid namespace (a container), and may be gone; restart it if "
+            "it is there."
         )
     return (
         f"{silent}: its poller has ended, or was lost in a fork. Restart it; under uWSGI set lazy-apps "
@@ -231,8 +231,8 @@ def _the_table(view: View) -> Iterator[Finding]:
     elsewhere = sum(_is_elsewhere(worker.identity, view.namespace) for worker in view.workers)
     if elsewhere:
         yield _note(
-            f"{count(elsewhere, 'worker is', 'workers are')} in another pid namespace (a container): their "
-            "pids are those of that one, and their deaths are noticed by silence only."
+            f"{count(elsewhere, 'worker is', 'workers are')} in another pid namespace (a container): "
+            "the pids are those of that one, and their deaths are noticed by silence only."
         )
     if len(view.workers) >= SLOTS:
         yield _note(f"The table of workers is full with {SLOTS}: there may be more than it shows.")

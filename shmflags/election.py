@@ -36,6 +36,8 @@ from shmflags.processes import Host, Identity
 from shmflags.snapshot import Position
 
 _SECOND_NS = 1_000_000_000
+# Three of the longest poll intervals are less; a lease this long is garbage, and would bar all for ever.
+_IMPOSSIBLE_LEASE_NS = 30 * 24 * 3600 * _SECOND_NS
 
 
 def why_takeable(lease: Lease, now_ns: int, is_dead: Callable[[Identity], bool]) -> str | None:
@@ -46,6 +48,8 @@ def why_takeable(lease: Lease, now_ns: int, is_dead: Callable[[Identity], bool])
         return "it had run out"
     if lease.deadline_ns - now_ns > lease.length_ns:
         return "its deadline was further ahead than it is long"
+    if lease.length_ns > _IMPOSSIBLE_LEASE_NS:
+        return "it was longer than any lease can be"
     if is_dead(lease.holder):
         return "its holder is dead"
     return None
@@ -137,7 +141,7 @@ class Election:
         now_ns = self.host.now_ns()
         if now_ns < self._abstain_until_ns:
             return False
-        return why_takeable(lease, now_ns, self.host.is_provably_dead) is not None
+        return why_takeable(lease, now_ns, self.host.has_ended) is not None
 
     def poll(self, page: ControlPage, client: ClientState) -> Outcome:
         """A poll of ours: renew or take the lease, and be granted a fetch if one is due.
@@ -169,9 +173,32 @@ class Election:
             may_fetch = mine or self._take(page, lease, client, now_ns)
             return self._conclude(page, client, now_ns, may_fetch)
 
+    def claim(self, page: ControlPage, *, force: bool = False) -> Outcome:
+        """Lead, without being told to fetch: for one who brings definitions from elsewhere.
+
+        The fence is that of a publish now. FOLLOW if another process leads, unless `force` deposes
+        it. What is ours is renewed. Raises as `poll` does.
+        """
+        with page.locked():
+            now_ns = self.host.now_ns()
+            lease = page.lease()
+            if lease.token == self.token:
+                self._prolong(page, lease, now_ns)
+            else:
+                reason = why_takeable(lease, now_ns, self.host.is_provably_dead)
+                if reason is None and not force:
+                    return FOLLOW
+                self._seize(page, lease, now_ns, reason or "it was told to")
+            events, self._events = tuple(self._events), []
+            return Outcome(True, page.fence(), events=events)
+
     def note_received(self) -> None:
         """The client has received definitions: a grant that had to bring some, did."""
         self._outstanding = None
+
+    def note_doubt(self) -> None:
+        """The fetch just granted must bring a publish: its ETag turned out to be doubtful."""
+        self._outstanding = _Outstanding(threading.get_ident(), self.host.now_ns())
 
     def resign(self, page: ControlPage) -> bool:
         """Free the lease if it is ours. Raises as `poll` does."""
@@ -211,6 +238,10 @@ class Election:
         if distrusted and lease.term != self._abstained_term and self._others_live(page, now_ns):
             self._abstain(lease.term, now_ns)
             return False
+        self._seize(page, lease, now_ns, reason)
+        return True
+
+    def _seize(self, page: ControlPage, lease: Lease, now_ns: int, reason: str) -> None:
         page.write_lease(
             Lease(
                 term=lease.term + 1,
@@ -229,7 +260,6 @@ class Election:
             self._events.append(f"took over: from process {lease.holder.pid}, as {reason}")
         else:
             self._events.append(f"elected: to lead, as {reason}")
-        return True
 
     def _renew_or_make_way(self, page: ControlPage, lease: Lease, now_ns: int) -> bool:
         """Whether the leader may fetch at this poll; it holds the lease still unless it made way."""
@@ -247,6 +277,11 @@ class Election:
             reason = "its fetch brought nothing" if fruitless else "it led for max_term"
             self._events.append(f"yielded: {reason}")
             return False
+        self._prolong(page, lease, now_ns)
+        # Alone, and fetching in vain with a doubtful ETag: take what is published, then try again.
+        return not (fruitless and page.is_serving())
+
+    def _prolong(self, page: ControlPage, lease: Lease, now_ns: int) -> None:
         page.write_lease(
             Lease(
                 term=lease.term,
@@ -258,8 +293,6 @@ class Election:
                 elected_wall_ns=lease.elected_wall_ns,
             )
         )
-        # Alone, and fetching in vain with a doubtful ETag: take what is published, then try again.
-        return not (fruitless and page.is_serving())
 
     def _is_fruitless(self, now_ns: int) -> bool:
         """Whether a fetch that had to bring a publish has ended without one."""
@@ -310,7 +343,7 @@ class Election:
         return any(
             worker.electable
             and worker.token != self.token
-            and now_ns - worker.last_poll_ns <= worker.interval_ns * 5 // 2
+            and abs(now_ns - worker.last_poll_ns) <= worker.interval_ns * 5 // 2
             and not self.host.is_provably_dead(worker.identity)
             for worker in page.workers.rows()
         )

@@ -58,5 +58,13 @@ class LockTimeoutError(ShmFlagsError):
     """The page's lock was busy for longer than a poll may wait."""
 
 
+class UpstreamTimeoutError(ShmFlagsError):
+    """The upstream did not answer within the time that a poll may wait for it."""
+
+
+class RedisUnavailableError(ShmFlagsError):
+    """Redis could not be reached, did not answer in time, or refused."""
+
+
 class PageReplacedError(ShmFlagsError):
     """The control page at the path is no longer the one that is mapped."""

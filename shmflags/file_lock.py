@@ -42,11 +42,15 @@ class FileLock:
         self._inode = inode
         self._uid = uid
         self._host = host
+        # Set once the file turned out not to be lockable as it is: then it has to be attached again.
+        self._lost = False
         # Descriptors on which this process may hold the lock, for `abandon`.
         self._descriptors: set[int] = set()
 
     def guards_its_path(self) -> bool:
-        """False once the file was removed or replaced."""
+        """False once the file was removed, replaced, or is not ours alone any more."""
+        if self._lost:
+            return False
         try:
             info = os.lstat(self._path_text)
         except OSError:
@@ -66,6 +70,7 @@ class FileLock:
         try:
             descriptor = open_private(self._path, os.O_RDWR, self._uid)
         except (FileNotFoundError, UnsafePathError):
+            self._lost = True
             raise PageReplacedError("is gone or was replaced", path=self._path) from None
         self._descriptors.add(descriptor)
         locked = False

@@ -6,6 +6,8 @@ the parent's pages of memory, and its client has the parent's ETag.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from shmflags import codec, publication, snapshot
 from shmflags.attachment import Attachment
 from shmflags.contract import Definitions
@@ -15,23 +17,62 @@ from shmflags.processes import Host
 from shmflags.snapshot import NOTHING, Position
 
 
+# Unequal to any digest: what the client has cannot be compared with what is published.
+UNKNOWN_DIGEST = b"not to be compared"
+
+
+@dataclass(frozen=True)
+class Unshared:
+    """What this process fetched and could not publish; `count` is the publication count it had noted.
+
+    It is newer than all that was published until then. Without a page there is no count to note.
+    """
+
+    decoded: codec.Decoded
+    count: int | None
+
+
 class Holding:
     """The definitions at `position`, what the client last `received`, and the attached client."""
 
     def __init__(self) -> None:
         self.decoded: codec.Decoded | None = None
         self.position: Position = NOTHING
+        self.unshared: Unshared | None = None
         # Digest of what the client last received from the API: what its ETag stands for.
         self.received: bytes | None = None
         self.attachment: Attachment | None = None
+        # Empty definitions were handed out last, for want of others.
+        self.gave_nothing = False
 
     def client_state(self) -> ClientState:
         attached = self.attachment is not None and self.attachment.is_live
-        return ClientState(self.received, self.position, attached)
+        received = self.received
+        if attached and received is not None and not self._is_evaluated():
+            # Two threads of the client loaded at once, and the older load was installed last; being
+            # told 304 it would keep that.
+            received = UNKNOWN_DIGEST
+        # Another thread's fetch may have been installed just before those empty definitions were.
+        position = NOTHING if self.gave_nothing else self.position
+        return ClientState(received, position, attached)
 
     def adopt(self, decoded: codec.Decoded, position: Position) -> None:
         """These objects are what stands at `position`."""
         self.decoded, self.position = decoded, position
+        self.unshared = None
+
+    def ahead_of(self, page: ControlPage) -> codec.Decoded | None:
+        """What we fetched and could not publish, as long as nothing newer is published.
+
+        Without it the client would go back to what it had before its fetch, or to nothing.
+        """
+        unshared = self.unshared
+        if unshared is None:
+            return None
+        if page.is_serving() and page.fence().count != unshared.count:
+            self.unshared = None
+            return None
+        return unshared.decoded
 
     def load(self, page: ControlPage, host: Host, max_bytes: int) -> bool:
         """Load the snapshot, decoding what is new in it; False if it is not one to be served.
@@ -46,6 +87,12 @@ class Holding:
             return False
         self.adopt(found.decoded, position)
         return True
+
+    def _is_evaluated(self) -> bool:
+        """Whether the attached client evaluates from what is held here."""
+        if self.attachment is None or self.decoded is None:
+            return False
+        return self.attachment.evaluates(self.decoded.definitions["flags"])
 
     def client_has(self, decoded: codec.Decoded) -> bool:
         """Whether the attached client evaluates from this very list already."""

@@ -24,11 +24,14 @@ from shmflags.snapshot import Position, Signature
 
 @dataclass(frozen=True)
 class Pending:
-    """A fetch that could not be written yet: the SDK will never give it again."""
+    """A fetch that could not be written yet: the SDK will never give it again.
+
+    There is no `fence` if there was no page; then it may be the first publish, and nothing else.
+    """
 
     encoded: codec.Encoded
     decoded: codec.Decoded
-    fence: Fence
+    fence: Fence | None
 
 
 class _ThreadState(threading.local):
@@ -105,7 +108,7 @@ class Member:
         Raises `UnsafePathError` or `OSError`.
         """
         last = self._page
-        if last is not None and last.is_at_its_path():
+        if last is not None and last.is_at_its_path() and not last.objection():
             return last
         with self.lock:
             self.directory.prepare(self._warn)

@@ -186,7 +186,12 @@ class ControlPage:
         return self._words[_POSITION] != 0
 
     def digest(self) -> bytes:
-        """The content digest of the snapshot; all zeros if there is none."""
+        """The content digest of the snapshot; all zeros if there is none.
+
+        Also if a writer was killed while naming another one: the digest may be that one's already.
+        """
+        if self.position() != self.last_position():
+            return bytes(16)
         low, high = self._words[_DIGEST], self._words[_DIGEST + 1]
         return (low | high << 64).to_bytes(16, "little")
 
@@ -199,8 +204,10 @@ class ControlPage:
 
     def accept_snapshot(self, header: Header) -> None:
         """Under the lock: the snapshot with `header` is the one that is served from now on."""
-        self._put_snapshot(header)
+        # First: a writer killed after naming the snapshot and before this would leave a page on which
+        # a fetch that this publish has overtaken is still accepted.
         self._words[_COUNT] = max(self._words[_COUNT], header.count)
+        self._put_snapshot(header)
         self._words[_VERIFIED] = header.published_wall_ns
         self._words[_ATTEMPTS] = 0
 
@@ -226,7 +233,10 @@ class ControlPage:
         self._words[_DIGEST], self._words[_DIGEST + 1] = number & _HALF, number >> 64
         self._words[_CHANGED] = header.published_wall_ns
         self._words[_DAMAGED] = 0
-        self._words[_LAST], self._words[_LAST + 1] = header.position
+        # The generation first: the other way round, a writer killed in between would leave the old
+        # generation under the new incarnation, and the snapshot just published would count as older.
+        self._words[_LAST + 1] = header.position.generation
+        self._words[_LAST] = header.position.incarnation
         self._words[_POSITION + 1] = header.position.generation
         self._words[_POSITION] = header.position.incarnation
 

@@ -17,6 +17,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+from shmflags.vigil import Vigil
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -35,6 +37,8 @@ class Host:
 
     # (pid, its namespace): the latter is looked up once per process, as it cannot change.
     _namespace_of: tuple[int, int | None] = (0, None)
+    # The process that `has_ended` was last asked about, if it ran then.
+    _watched: tuple[Identity, Vigil] | None = None
 
     def now_ns(self) -> int:
         """CLOCK_MONOTONIC in nanoseconds: one clock for all processes of one boot."""
@@ -82,6 +86,29 @@ class Host:
             return False
         recycled = bool(other.start_ticks) and stat.start_ticks != other.start_ticks
         return stat.is_zombie or recycled
+
+    def has_ended(self, other: Identity) -> bool:
+        """What `is_provably_dead` says; cheap when asked about the same process again and again."""
+        watched = self._watched
+        if watched is not None and watched[0] == other and watched[1].sees_life():
+            return False
+        if self.is_provably_dead(other):
+            return True
+        self._watch(other)
+        return False
+
+    def _watch(self, other: Identity) -> None:
+        self._watched = None
+        if not other.start_ticks or other.pid_namespace != self._pid_namespace():
+            return
+        try:
+            vigil = Vigil(other.pid)
+        except (OSError, AttributeError, OverflowError):
+            return
+        # Only now does the descriptor hold the pid: before, it could have come to another process.
+        stat = _read_stat(other.pid)
+        if stat is not None and stat.start_ticks == other.start_ticks and not stat.is_zombie:
+            self._watched = other, vigil
 
     def _pid_namespace(self) -> int | None:
         pid = os.getpid()
@@ -132,7 +159,7 @@ def _read_stat_portably(pid: int) -> _Stat | None:
 
 
 def process_state(pid: int) -> str:
-    """"running", "sleeping", "stopped", "zombie", …; "" if there is no such process."""
+    """The state as psutil names it ("sleeping", "stopped", …), "" if there is no such process."""
     import psutil
 
     try:

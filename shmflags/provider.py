@@ -31,7 +31,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from shmflags import codec, settings
+from shmflags import codec, servers, settings, status
 from shmflags.attachment import Attachment
 from shmflags.election import Outcome
 from shmflags.errors import (
@@ -46,7 +46,10 @@ from shmflags.member import Member
 from shmflags.page import ControlPage
 from shmflags.processes import Host
 from shmflags.publisher import Publisher
+from shmflags.runtime_dir import locate
 from shmflags.snapshot import DEFAULT_MAX_BYTES
+from shmflags.status import Status
+from shmflags.upstream import Upstream
 from shmflags.watcher import Watcher
 
 _WAIT_S = 0.01
@@ -109,10 +112,15 @@ class SharedMemoryFlagCache:
         # What a fork hands on:
         self._holding = Holding()
         self._publisher = Publisher(self._settings, self._holding, self._complain)
+        self._upstream: Upstream | None = None
+        if upstream is not None:
+            self._upstream = Upstream(upstream, self._holding, self._publisher, self._complain)
         self._watchers: list[Watcher] = []
         if hasattr(os, "register_at_fork"):
             this = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: _after_fork(this))
+        self._told_of_server = False
+        self._look_at_server()
 
     # -- PostHog's protocol
 
@@ -141,6 +149,7 @@ class SharedMemoryFlagCache:
         try:
             member = self._me()
             decoded = self._current(member) or self._first(member)
+            self._holding.gave_nothing = decoded is not None and not decoded.digest
             if decoded is None or self._holding.client_has(decoded):
                 return None
             return decoded.definitions
@@ -154,7 +163,9 @@ class SharedMemoryFlagCache:
         Never raises: data that cannot be stored is logged, and what is served stays as it is.
         """
         try:
-            self._publisher.receive(self._me(), data)
+            member = self._me()
+            if self._publisher.receive(member, data) and self._upstream is not None:
+                self._upstream.publish(member, data)
         except Exception as error:
             self._give_up("what was fetched could not be published", error)
 
@@ -167,9 +178,13 @@ class SharedMemoryFlagCache:
             member = self._me()
             if not member.closed:
                 member.closed = True
-                page = member.known_page
-                if page is not None and page.is_at_its_path():
-                    member.leave(page)
+                try:
+                    page = member.known_page
+                    if page is not None and page.is_at_its_path():
+                        member.leave(page)
+                finally:
+                    if self._upstream is not None:
+                        self._upstream.shutdown(member)
         except Exception as error:
             self._complain("shutdown could not hand over", error)
 
@@ -201,6 +216,15 @@ class SharedMemoryFlagCache:
             )
         if watch:
             self.watch(attachment.reload, interval)
+
+    def status(self) -> Status:
+        """What is going on for this service key on this host, and what is wrong, in words.
+
+        Takes no lock, creates no file, and does not raise.
+        """
+        told = self._settings
+        at = locate(told.directory, told.service_key, self._host.account()[1])
+        return status.read(at, self._host, told.max_bytes)
 
     def watch(self, callback: Callable[[], object], interval: float = 0.05) -> Watcher:
         """Call `callback()` whenever this process is behind what is published, or nobody leads.
@@ -245,6 +269,7 @@ class SharedMemoryFlagCache:
             return found
 
     def _poll(self, member: Member) -> bool:
+        self._look_at_server()
         member.thread.fetch_failed = member.thread.fence is not None
         member.thread.fence = None
         page = member.page(self._holding.position)
@@ -265,17 +290,23 @@ class SharedMemoryFlagCache:
             member.tell(event, page)
         if outcome.clear_etag and self._holding.attachment is not None:
             self._holding.attachment.clear_etag()
-        member.thread.fence = outcome.fence
-        return outcome.fence is not None
+        fence = outcome.fence
+        if fence is not None:
+            self._publisher.clean_up(member, page)
+        if fence is not None and self._upstream is not None:
+            if self._upstream.settles(member, page, fence):
+                return False
+        member.thread.fence = fence
+        return fence is not None
 
     # -- definitions out
 
     def _current(self, member: Member) -> codec.Decoded | None:
         """What this process is to serve now: loaded before, or loaded here if there is a newer one."""
         page = member.page(self._holding.position)
-        pending = member.pending
-        if pending is not None and pending.fence.count == page.fence().count:
-            return pending.decoded
+        unshared = self._holding.ahead_of(page)
+        if unshared is not None:
+            return unshared
         if page.is_serving() and page.position() != self._holding.position:
             with member.lock:
                 if page.position() != self._holding.position:
@@ -308,13 +339,21 @@ class SharedMemoryFlagCache:
             decoded = self._current(member)
             if decoded is not None:
                 return decoded
-        return _no_definitions()
+        # Once more: a process that was stopped since it last looked finds the deadline passed, and
+        # would take nothing where there is something by now. Under the lock, as another thread of
+        # ours may be publishing what its client has installed already.
+        with member.lock:
+            return self._current(member) or _no_definitions()
 
     def _take_over(self, member: Member, page: ControlPage) -> bool:
         if member.closed or self._host.now_ns() < member.busy_until_ns:
             return False
         try:
             with member.lock:
+                if member.election.may_lead(page):
+                    # A first publish that was cut short is a publish; a fetch granted now would only
+                    # be dropped for it.
+                    self._publisher.tend(member, page)
                 outcome = member.election.take_over(page, self._holding.client_state())
         except LockTimeoutError as error:
             self._note_busy(member, error)
@@ -334,9 +373,12 @@ class SharedMemoryFlagCache:
         # While another thread of ours publishes, the page is ahead of what is noted here.
         if member.pending is not None or not member.lock.acquire(blocking=False):
             return None
-        member.lock.release()
-        if page.is_serving() and page.position() != self._holding.position:
-            return page.position()
+        try:
+            position = page.position()
+            if page.is_serving() and position != self._holding.position:
+                return position
+        finally:
+            member.lock.release()
         if self._settings.electable:
             lease = page.lease()
             if lease.token != member.token and member.election.may_lead(page):
@@ -351,6 +393,13 @@ class SharedMemoryFlagCache:
                 self._complain("a watcher could not be started", error)
 
     # -- trouble
+
+    def _look_at_server(self) -> None:
+        if not self._told_of_server:
+            objection = servers.objection()
+            if objection:
+                self._told_of_server = True
+                self._complain("the server is not set up for threads", objection)
 
     def _note_busy(self, member: Member, error: LockTimeoutError) -> None:
         member.busy_until_ns = self._host.now_ns() + self._settings.interval_ns // 2

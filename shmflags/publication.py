@@ -25,6 +25,9 @@ from shmflags.processes import Host
 from shmflags.snapshot import Draft, Header, Position, Signature
 
 
+_OLD_NS = 3600 * 1_000_000_000
+
+
 class Result(enum.Enum):
     """What became of a publish."""
 
@@ -80,6 +83,17 @@ def publish(
             draft.discard()
     # The content was published when we looked, and is not any more: now a draft is needed.
     return publish(page, host, encoded, noted, owner, max_bytes)
+
+
+def confirm(page: ControlPage, host: Host, noted: Fence) -> None:
+    """What was asked for under `noted` is what is published: an unchanged publish, nothing written.
+
+    Does nothing if something overtook it. Raises `OSError`, `LockTimeoutError` or `PageReplacedError`.
+    """
+    with page.locked():
+        if election.may_publish(noted, page.fence(), serving=page.is_serving()):
+            page.accept_unchanged(host.wall_ns())
+            page.count("unchanged")
 
 
 @dataclass(frozen=True)
@@ -221,14 +235,18 @@ def _name(position: Position) -> str:
     return f"generation {position.generation}"
 
 
-def clear_litter(page: ControlPage, is_litter: Callable[[str], bool]) -> list[Path]:
-    """Remove temporary files whose writer, named by `owner`, is known to be gone."""
+def clear_litter(page: ControlPage, is_litter: Callable[[str], bool], wall_ns: int) -> list[Path]:
+    """Remove temporary files whose writer, named by `owner`, is known to be gone, or that are old.
+
+    An old one may be of a container that is no more. Were its writer only stopped, it would miss it,
+    and write it again.
+    """
     removed = []
     for path, owner in page.directory.temporary_files():
-        if is_litter(owner):
-            try:
+        try:
+            if is_litter(owner) or wall_ns - path.lstat().st_mtime_ns > _OLD_NS:
                 path.unlink()
                 removed.append(path)
-            except OSError:
-                pass
+        except OSError:
+            pass
     return removed

@@ -15,14 +15,12 @@ from shmflags.errors import (
     PageReplacedError,
     UnsafePathError,
 )
-from shmflags.holding import Holding
+from shmflags.holding import UNKNOWN_DIGEST, Holding, Unshared
 from shmflags.member import Member, Pending
-from shmflags.page import ControlPage
+from shmflags.page import ControlPage, Fence
 from shmflags.publication import Result
 from shmflags.settings import Settings
-
-# Unequal to any digest: what the client has cannot be compared with what is published.
-_UNKNOWN_DIGEST = b"could not be encoded"
+from shmflags.snapshot import HEADER_BYTES
 
 
 class Publisher:
@@ -38,37 +36,77 @@ class Publisher:
         self._holding = holding
         self._complain = complain
 
-    def receive(self, member: Member, data: object) -> None:
+    def receive(self, member: Member, data: object) -> bool:
         """The client received `data` from the API: publish it, if nothing overtook the fetch.
 
-        Raises `OSError` or `UnsafePathError` if there is no page to be had.
+        False if it is not for an upstream either: not ours to publish, too large, or overtaken. Raises
+        `OSError` or `UnsafePathError` if there is no page to be had.
         """
         fence, member.thread.fence = member.thread.fence, None
         with member.lock:
             member.election.note_received()
-            self._holding.received = _UNKNOWN_DIGEST
+            self._holding.received = UNKNOWN_DIGEST
             try:
                 encoded, decoded = codec.encode(data, self._holding.decoded)
             except InvalidDefinitionsError as error:
                 self._complain("what was fetched cannot be shared, and what was served stays", error)
-                return
+                return False
             self._holding.received = decoded.digest
             if not self._settings.electable or member.closed:
-                return
-            page = member.page(self._holding.position)
+                return False
+            try:
+                page = member.page(self._holding.position)
+            except Exception:
+                member.pending = Pending(encoded, decoded, None)
+                self._holding.unshared = Unshared(decoded, None)
+                raise
             if fence is None:
                 if page.is_serving():
                     self._complain("dropped", "definitions that nobody was told to fetch")
-                    return
+                    return False
                 fence = page.fence()
-            self._publish(member, page, Pending(encoded, decoded, fence))
+            return self._publish(member, page, Pending(encoded, decoded, fence), fence)
+
+    def copy(
+        self,
+        member: Member,
+        page: ControlPage,
+        fence: Fence,
+        found: codec.Decoded,
+        encoded: codec.Encoded | None,
+    ) -> bool:
+        """Under the member's lock: publish what the upstream has, with the fence of the grant.
+
+        `encoded` is None if `found` is what we hold. False if it is too large.
+        """
+        if encoded is None:
+            if page.is_serving() and page.digest() == found.digest:
+                self._confirm(member, page, fence)
+                return True
+            encoded, _ = codec.encode(found.definitions, found)
+        self._publish(member, page, Pending(encoded, found, fence), fence)
+        return HEADER_BYTES + encoded.size <= self._settings.max_bytes
+
+    def _confirm(self, member: Member, page: ControlPage, fence: Fence) -> None:
+        try:
+            publication.confirm(page, member.host, fence)
+        except (OSError, LockTimeoutError, PageReplacedError) as error:
+            self._complain("what the upstream has is confirmed at the next poll", error)
 
     def try_again(self, member: Member, page: ControlPage) -> None:
         """Publish what could not be written before, if there is such a thing."""
-        if member.pending is not None:
-            with member.lock:
-                if member.pending is not None:
-                    self._publish(member, page, member.pending)
+        if member.pending is None:
+            return
+        with member.lock:
+            pending = member.pending
+            if pending is None:
+                return
+            if pending.fence is not None:
+                self._publish(member, page, pending, pending.fence)
+            elif page.is_serving():
+                member.pending = None  # Which of the two is newer, nobody can tell.
+            else:
+                self._publish(member, page, pending, page.fence())
 
     def tend(self, member: Member, page: ControlPage) -> None:
         """Look after the snapshot, as the leader does at each poll."""
@@ -86,39 +124,49 @@ class Publisher:
             held.position = tended.restored
         if tended.event:
             member.tell(tended.event, page)
-        publication.clear_litter(page, member.is_litter)
 
-    def _publish(self, member: Member, page: ControlPage, pending: Pending) -> None:
-        size = pending.encoded.size
+    def clean_up(self, member: Member, page: ControlPage) -> None:
+        """Remove what others left when they were killed. Whoever is granted a fetch does this."""
+        publication.clear_litter(page, member.is_litter, member.host.wall_ns())
+
+    def _publish(self, member: Member, page: ControlPage, pending: Pending, fence: Fence) -> bool:
+        self._holding.unshared = Unshared(pending.decoded, fence.count)
+        size = HEADER_BYTES + pending.encoded.size
         if size > self._settings.max_bytes:
             member.pending = None
             self._complain(
                 "what was fetched is not shared, and what was served stays",
                 f"it takes {size} bytes; max_bytes is {self._settings.max_bytes}",
             )
-            return
+            return False
         try:
             done = publication.publish(
                 page,
                 member.host,
                 pending.encoded,
-                pending.fence,
+                fence,
                 member.owner,
                 self._settings.max_bytes,
             )
         except (OSError, LockTimeoutError, PageReplacedError, UnsafePathError) as error:
             member.pending = pending
             self._complain("a publish waits for the next poll", error)
-            return
+            return True
         member.pending = None
         if done.event:
             member.tell(done.event, page)
         if done.result is Result.DROPPED:
-            member.tell("dropped: what was fetched, as something newer was published", page)
-            return
+            overtaken = self._holding.ahead_of(page) is None
+            reason = "something newer was published" if overtaken else "another worker leads by now"
+            member.tell(f"dropped: what was fetched, as {reason}", page)
+            if page.is_serving():
+                # Whoever leads may be told 304 from now on, and then nothing says that this is outdated.
+                self._holding.unshared = None
+            return False
         self._holding.adopt(pending.decoded, done.position)
         member.tended = snapshot.signature(page.directory.snapshot_path)
         member.note_loaded(page, done.position)
         if done.result is Result.PUBLISHED:
             flags, cohorts = pending.encoded.flag_count, pending.encoded.cohort_count
             member.tell(f"published: {flags} flags, {cohorts} cohorts, {size} bytes", page)
+        return True

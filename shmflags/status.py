@@ -6,11 +6,12 @@ read, the snapshot is mapped and checked. The rules for what is wrong are in `di
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
-from shmflags import diagnosis, election, page_file, snapshot
+from shmflags import diagnosis, election, page_file, publication, snapshot
 from shmflags.diagnosis import View
 from shmflags.errors import DamagedSnapshotError, ShmFlagsError, UnsafePathError
 from shmflags.page import ControlPage, Lease
@@ -22,6 +23,7 @@ from shmflags.worker_table import Worker
 SCHEMA_VERSION = 1
 _TRIES = 5
 _PAUSE_S = 0.005
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -106,37 +108,36 @@ class Status:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The service key, or the directory's name, which begins like it."""
+        return self.service_key or os.path.basename(self.directory)
+
     def as_dict(self) -> dict[str, Any]:
         """The same, for JSON: `schema_version` first, then every field by its name."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 def read(directory: RuntimeDir, host: Host, max_bytes: int) -> Status:
-    """The status of one service key. Raises nothing that a state of the files could cause."""
+    """The status of one service key. Raises nothing that the state of the files could cause."""
     notes: list[str] = []
-    status = Status(directory.service_key, str(directory.path), False, _s(host.wall_ns()))
+    nothing = Status(directory.service_key, str(directory.path), False, _s(host.wall_ns()))
     try:
         directory.check(lambda sentence: notes.append(f"{sentence}."))
         page = page_file.open_existing(directory, host)
-    except FileNotFoundError:
-        return _with(
-            status, notes, f"There is nothing here yet: no worker has polled ({directory.path})."
-        )
+    except FileNotFoundError as error:
+        if error.filename == str(directory.base):
+            return replace(nothing, problems=(f"{directory.base} does not exist: create it.",))
+        notes.append("There is nothing here yet: no worker has polled.")
     except UnsafePathError as error:
-        return _with(status, notes, f"Workers refuse to use it: {error}.", is_problem=True)
+        return replace(nothing, problems=(f"The workers refuse to use this: {error}.",))
     except ShmFlagsError as error:
-        return _with(
-            status, notes, f"{error}: nothing is served from it, and the next poll replaces it."
-        )
+        notes.append(f"{error}: nothing is served from it, and the next poll of a worker replaces it.")
     except OSError as error:
-        return _with(status, notes, f"It cannot be read: {error}.", is_problem=True)
-    return _Reader(directory, host, max_bytes, page).status(notes)
-
-
-def _with(status: Status, notes: list[str], sentence: str, *, is_problem: bool = False) -> Status:
-    problems = (sentence,) if is_problem else ()
-    said = (*notes,) if is_problem else (*notes, sentence)
-    return Status(status.service_key, status.directory, False, status.at, problems=problems, notes=said)
+        return replace(nothing, problems=(f"This cannot be read: {error}.",))
+    else:
+        return _Reader(directory, host, max_bytes, page).status(notes)
+    return replace(nothing, notes=tuple(notes))
 
 
 class _Reader:
@@ -151,7 +152,7 @@ class _Reader:
 
     def status(self, notes: list[str]) -> Status:
         header, objection = self._header()
-        view = self._view()
+        view = self._view(objection)
         findings = diagnosis.examine(view)
         problems = [finding.text for finding in findings if finding.is_problem]
         if objection:
@@ -167,8 +168,8 @@ class _Reader:
             leader=None if view.vacant else self._leader(view),
             term=view.lease.term,
             generation=served.generation if view.serving else None,
-            age_s=_s(wall_ns - verified_ns) if verified_ns else None,
-            unchanged_s=_s(wall_ns - changed_ns) if changed_ns else None,
+            age_s=_s(max(0, wall_ns - verified_ns)) if verified_ns else None,
+            unchanged_s=_s(max(0, wall_ns - changed_ns)) if changed_ns else None,
             since_grant_s=_s(view.now_ns - grant.at_ns) if grant.at_ns else None,
             size=header.size if header else None,
             flags=header.flag_count if header else None,
@@ -183,9 +184,9 @@ class _Reader:
         told = self._directory.service_key or self._page.service_key()
         return told if directory_name(told) == self._directory.path.name else ""
 
-    def _view(self) -> View:
+    def _view(self, objection: str) -> View:
         host, page = self._host, self._page
-        lease, grant = self._stable(page.lease), self._stable(page.grant)
+        lease, grant = _stable(page.lease), _stable(page.grant)
         serving, lock = page.is_serving(), page.lock_holder()
         changed_ns, _ = page.times()
         rows = page.workers.rows()
@@ -214,20 +215,10 @@ class _Reader:
             served=page.position() if serving else page.last_position(),
             unchanged_ns=max(0, host.wall_ns() - changed_ns),
             lock=lock,
-            damage_reported=page.damage_is_reported(),
+            damage_reported=not objection and page.damage_is_reported(),
             workers=workers,
             states={pid: process_state(pid) for pid in asked_about},
         )
-
-    def _stable(self, record: Callable[[], Any]) -> Any:
-        """A record of several words, read without the lock until it stays the same."""
-        found = record()
-        for _ in range(_TRIES):
-            again = record()
-            if again == found:
-                break
-            found = again
-        return found
 
     def _leader(self, view: View) -> Leader:
         lease: Lease = view.lease
@@ -251,14 +242,19 @@ class _Reader:
                 continue  # Published meanwhile.
             if not serving:
                 return None, ""
-            if header is not None and not _is_older(header.position, position):
+            if header is not None and self._is_as_new(header.position, position):
                 return header, ""
             reason = reason or "it is not the one that the page names"
             self._host.sleep(_PAUSE_S)
         return header, (
-            f"The snapshot cannot be used: {reason}. Workers go on with what they have loaded, and the "
-            "leader writes it again at its next poll; if this stays, look in its log for lines of shmflags."
+            f"The snapshot cannot be used: {reason}. Workers go on with what they have loaded, and "
+            "the leader writes it again at its next poll; if this stays, look in its log for lines of "
+            "shmflags."
         )
+
+    def _is_as_new(self, found: Position, named: Position) -> bool:
+        """A newer one is that of a publisher that is about to say so in the page."""
+        return found == named or publication.is_successor(found, named, self._page.incarnation)
 
     def _verified(self) -> tuple[Header | None, str]:
         try:
@@ -271,9 +267,15 @@ class _Reader:
             return None, str(error)
 
 
-def _is_older(found: Position, named: Position) -> bool:
-    """A newer one is that of a publisher that is about to say so in the page."""
-    return found.incarnation == named.incarnation and found.generation < named.generation
+def _stable(record: Callable[[], _Record]) -> _Record:
+    """A record of several words, read without the lock until two readings agree."""
+    found = record()
+    for _ in range(_TRIES):
+        again = record()
+        if again == found:
+            break
+        found = again
+    return found
 
 
 def _worker(worker: Worker, view: View) -> WorkerStatus:

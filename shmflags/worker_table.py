@@ -26,6 +26,7 @@ _SLOT_WORDS = 16
 SLOTS = 256
 TABLE_WORDS = SLOTS * _SLOT_WORDS
 _MINUTE_NS = 60 * 1_000_000_000
+_WEEK_NS = 7 * 24 * 60 * _MINUTE_NS
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ class WorkerTable:
 
     def _is_gone(self, base: int) -> bool:
         """Dead by proof, or silent for so long that its slot may go; if it lives, it takes another."""
-        silent_ns = self._host.now_ns() - self._words[base + 5]
-        if silent_ns > gone_after_ns(self._words[base + 8]):
+        # Garbage may have its last poll in the future, and polls that are ages apart.
+        silent_ns = abs(self._host.now_ns() - self._words[base + 5])
+        if silent_ns > gone_after_ns(min(self._words[base + 8], _WEEK_NS)):
             return True
         return self._host.is_provably_dead(self._identity(base + 1))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shmflags.demo.server import DefinitionsServer, definitions, flag
+from tests.servers.running import Site
 
 
 @pytest.fixture
@@ -26,3 +27,10 @@ def server() -> Iterator[DefinitionsServer]:
     """A definitions server with one flag, `one`, which is on."""
     with DefinitionsServer(definitions(flag("one"))) as running:
         yield running
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """A place to start a real server in."""
+    with Site() as place:
+        yield place

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +27,9 @@ _context.set_forkserver_preload(["tests.worker_main"])
 class Worker:
     """A worker process with a client of its own (worker_main.py), commanded through a pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, main: Callable[[Connection], None] = worker_main.main) -> None:
         self._connection, theirs = multiprocessing.Pipe()
-        self._process = _context.Process(target=worker_main.main, args=(theirs,), daemon=True)
+        self._process = _context.Process(target=main, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -119,7 +120,9 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT
 
 def require_program(name: str) -> str:
     """The path of a program that a test drives; skips without it, fails where none may be missing."""
-    path = shutil.which(name)
+    # What was installed beside this Python comes first: an environment need not be activated.
+    places = [os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]
+    path = shutil.which(name, path=os.pathsep.join(places))
     if path is None:
         if os.environ.get("SHMFLAGS_REQUIRE_SERVERS"):
             pytest.fail(f"{name} is not installed, and no server-backed test may be skipped here")
@@ -127,4 +130,12 @@ def require_program(name: str) -> str:
     return path
 
 
-__all__ = ["Connection", "Worker", "call_all", "require_program", "wait_until", "workers"]
+def require_root() -> None:
+    """Skips where the tests do not run as root; fails where none may be skipped."""
+    if os.geteuid() != 0:
+        if os.environ.get("SHMFLAGS_REQUIRE_SERVERS"):
+            pytest.fail("the tests do not run as root, and none may be skipped here")
+        pytest.skip("only root can start processes of another user, or in other namespaces")
+
+
+__all__ = ["Connection", "Worker", "call_all", "require_program", "require_root", "wait_until", "workers"]

@@ -205,6 +205,11 @@ class Worker:
             os.close(reader)
         return time.monotonic() - start
 
+    def rows(self) -> list[list[Any]]:
+        """The workers that `status` shows: pid and loaded generation of each."""
+        assert self.cache is not None
+        return [[worker.pid, worker.generation] for worker in self.cache.status().workers]
+
     def logged(self) -> list[str]:
         return list(self.records.lines)
 
@@ -261,8 +266,11 @@ def _collect(pid: int, descriptor: int, timeout_s: float = 60.0) -> list[Any]:
 
 
 def main(connection: Connection) -> None:
+    run(Worker(), connection)
+
+
+def run(worker: Worker, connection: Connection) -> None:
     """Run commands from the pipe until it closes; each answer is ("ok", result) or ("error", text)."""
-    worker = Worker()
     while True:
         try:
             name, arguments, keywords = connection.recv()
