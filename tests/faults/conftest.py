@@ -1,0 +1,33 @@
+"""Fixtures and options of the fault tests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.harness import Ear
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--storm-seconds",
+        type=float,
+        default=25.0,
+        help="how long the storm of kills and stops blows (name tests/faults on the command line)",
+    )
+
+
+@pytest.fixture
+def ear() -> Iterator[Ear]:
+    """What the package logs during the test; the test fails if anything came with a traceback."""
+    ear = Ear()
+    logger = logging.getLogger("shmflags")
+    level = logger.level
+    logger.addHandler(ear)
+    logger.setLevel(logging.DEBUG)
+    yield ear
+    logger.removeHandler(ear)
+    logger.setLevel(level)
+    ear.assert_no_surprise()

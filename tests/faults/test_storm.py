@@ -1,0 +1,281 @@
+"""A storm of kills and stops: nobody reads torn or older data, and somebody always fetches."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.faults import storm_worker
+from tests.faults.harness import (
+    Api,
+    Ear,
+    Poller,
+    control_page,
+    runtime_dir,
+    stamp_on_disk,
+    temporary_files,
+)
+from tests.faults.storm_worker import FETCHED, INTERVAL_S, LEASE_S, SEEN, Note, read_notes
+
+WORKERS = 8
+MOST_STOPPED = 3
+TICK_S = 0.002
+SLACK_S = 1.0  # of a busy machine
+SECOND_NS = 1_000_000_000
+
+_context = multiprocessing.get_context("forkserver")
+
+
+@dataclass
+class Contender:
+    """A worker process, and what is done to it."""
+
+    process: multiprocessing.process.BaseProcess
+    record: Path
+    stopped_ns: int = 0
+    holds_lock: bool = False
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+
+@dataclass
+class Storm:
+    """Eight workers, and the weather."""
+
+    base: Path
+    records: Path
+    seed: int
+    group: list[Contender] = field(default_factory=list)
+    started: int = 0
+    done: Counter[str] = field(default_factory=Counter)
+    grants_ns: list[int] = field(default_factory=list)
+    # (from, to) in CLOCK_MONOTONIC ns: a stopped process held the lock; this process was not scheduled.
+    held: list[tuple[int, int]] = field(default_factory=list)
+    late: list[tuple[int, int]] = field(default_factory=list)
+
+    def blow(self, seconds: float) -> None:
+        pick = random.Random(self.seed)
+        while len(self.group) < WORKERS:
+            self._start()
+        self._wait_for_page()
+        page = control_page(self.base)
+        end = last = time.monotonic_ns()
+        end += int(seconds * SECOND_NS)
+        next_blow = last
+        while last < end:
+            granted = page.grant().at_ns
+            if granted and (not self.grants_ns or granted != self.grants_ns[-1]):
+                self.grants_ns.append(granted)
+            if last >= next_blow:
+                self._strike(pick, page.lease().holder.pid)
+                next_blow = last + int(pick.uniform(0.02, 0.15) * SECOND_NS)
+            time.sleep(TICK_S)
+            now = time.monotonic_ns()
+            if now - last > 10 * TICK_S * SECOND_NS:
+                self.late.append((last, now))
+            last = now
+
+    def _start(self) -> None:
+        self.started += 1
+        record = self.records / f"{self.started}"
+        process = _context.Process(
+            target=storm_worker.main, args=(self.base, record, self.seed + self.started), daemon=True
+        )
+        process.start()
+        self.group.append(Contender(process, record))
+
+    def _wait_for_page(self) -> None:
+        end = time.monotonic() + 60
+        while not runtime_dir(self.base).page_path.exists():
+            assert time.monotonic() < end, "the workers did not start"
+            time.sleep(TICK_S)
+
+    def _strike(self, pick: random.Random, leader: int) -> None:
+        targets = [one for one in self.group if one.pid == leader]
+        target = pick.choice(targets if targets and pick.random() < 0.5 else self.group)
+        stopped = [one for one in self.group if one.stopped_ns]
+        what = pick.random()
+        if what < 0.25:
+            self._kill(target)
+            self._start()
+        elif what < 0.6 and len(stopped) < MOST_STOPPED and not target.stopped_ns:
+            # Now and then not at any moment, but at one in which it holds the lock, if it can be had.
+            for _ in range(50 if pick.random() < 0.2 else 1):
+                self._stop(target)
+                if target.holds_lock:
+                    break
+                self._resume(target)
+            else:
+                self._stop(target)
+        elif stopped:
+            self._resume(pick.choice(stopped))
+
+    def _kill(self, target: Contender) -> None:
+        os.kill(target.pid, signal.SIGKILL)
+        self._note_held(target)
+        target.process.join(60)
+        assert target.process.exitcode == -signal.SIGKILL, f"it had ended: {target.process.exitcode}"
+        self.group.remove(target)
+        self.done["killed while stopped" if target.stopped_ns else "killed"] += 1
+
+    def _stop(self, target: Contender) -> None:
+        os.kill(target.pid, signal.SIGSTOP)
+        while _state(target.pid) not in "TtZ":
+            time.sleep(0)
+        target.stopped_ns = time.monotonic_ns()
+        target.holds_lock = _holds_lock(target.pid, runtime_dir(self.base).page_path)
+        self.done["stopped"] += 1
+        self.done["stopped holding the lock"] += target.holds_lock
+
+    def _resume(self, target: Contender) -> None:
+        os.kill(target.pid, signal.SIGCONT)
+        self._note_held(target)
+        target.stopped_ns = 0
+        self.done["resumed"] += 1
+
+    def _note_held(self, target: Contender) -> None:
+        if target.holds_lock:
+            self.held.append((target.stopped_ns, time.monotonic_ns()))
+            target.holds_lock = False
+
+    def end(self) -> None:
+        while self.group:
+            contender = self.group.pop()
+            self._note_held(contender)
+            contender.process.kill()
+            contender.process.join(60)
+
+    def excused_ns(self, start: int, stop: int) -> int:
+        """For how long, between two moments, a stopped process held the lock, or nobody was scheduled."""
+        return sum(max(0, min(stop, b) - max(start, a)) for a, b in self.held + self.late)
+
+    def notes(self) -> dict[int, list[Note]]:
+        return {n: read_notes(self.records / f"{n}") for n in range(1, self.started + 1)}
+
+
+def _state(pid: int) -> str:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        line = file.read()
+    return line[line.rindex(b")") + 2 :][:1].decode()
+
+
+def _holds_lock(pid: int, path: Path) -> bool:
+    inode = path.stat().st_ino
+    with open("/proc/locks", encoding="ascii") as file:
+        return any(
+            line.split()[1] == "FLOCK" and line.split()[4] == str(pid) and f":{inode} " in line
+            for line in file
+        )
+
+
+# -- what must hold
+
+
+def check_order(notes: dict[int, list[Note]], published: dict[int, int]) -> None:
+    """Nobody goes back; and whoever is new starts no earlier than anybody was before."""
+    for number, own in notes.items():
+        seen = [note for note in own if note.kind == SEEN]
+        for before, after in pairwise(seen):
+            assert after.stamp >= before.stamp, f"worker {number} went back: {before}, {after}"
+        if seen:
+            known = [stamp for stamp, since in published.items() if since < own[0].began_ns]
+            assert seen[0].stamp >= max(known, default=0), f"worker {number} began with old data"
+
+
+def published_at(notes: dict[int, list[Note]]) -> dict[int, int]:
+    """When each stamp was first seen by somebody who had not fetched it."""
+    fetcher = {
+        note.stamp: number for number, own in notes.items() for note in own if note.kind == FETCHED
+    }
+    first: dict[int, int] = {}
+    for number, own in notes.items():
+        for note in own:
+            if note.kind == SEEN and fetcher.get(note.stamp) != number:
+                first[note.stamp] = min(note.ended_ns, first.get(note.stamp, note.ended_ns))
+    return first
+
+
+def check_everybody_keeps_up(notes: dict[int, list[Note]], published: dict[int, int]) -> int:
+    """Every worker sees at least half of what it could; returns how much that was in all."""
+    timeline = sorted((since, stamp) for stamp, since in published.items())
+    total = 0
+    for number, own in notes.items():
+        possible, newest, position = 0, 0, 0
+        seen: set[int] = set()
+        for note in own:
+            if note.kind != SEEN:
+                continue
+            before = newest
+            while position < len(timeline) and timeline[position][0] < note.began_ns:
+                newest = max(newest, timeline[position][1])
+                position += 1
+            possible += newest > before
+            seen.add(note.stamp)
+        assert len(seen) >= possible / 2, f"worker {number} saw {len(seen)} of {possible} generations"
+        total += possible
+    return total
+
+
+@pytest.mark.timeout(0)  # As long as it is asked to be; each wait in it has a bound of its own.
+def test_storm(request: pytest.FixtureRequest, directory: Path, tmp_path: Path, ear: Ear) -> None:
+    """Under random kills and stops nobody reads torn or older data, and grants keep coming."""
+    seconds = float(request.config.getoption("--storm-seconds", 25.0))
+    seed = random.SystemRandom().randrange(1 << 32)
+    storm = Storm(directory, tmp_path, seed)
+    try:
+        storm.blow(seconds)
+        granted = control_page(directory).counters()["granted"]
+        takeovers = control_page(directory).counters()["takeovers"]
+    finally:
+        storm.end()
+    errors = [path.read_text() for path in tmp_path.glob("*.errors")]
+    assert not errors, errors[0]
+
+    notes = storm.notes()
+    published = published_at(notes)
+    check_order(notes, published)
+    possible = check_everybody_keeps_up(notes, published)
+
+    assert granted <= 2 * seconds / INTERVAL_S + SLACK_S / INTERVAL_S
+    gaps = [
+        ((b - a - storm.excused_ns(a, b)) / SECOND_NS, (b - a) / SECOND_NS)
+        for a, b in pairwise(storm.grants_ns)
+    ]
+    print(
+        f"\nseed {seed}, {seconds:g} s: {dict(storm.done)}; granted {granted}, published"
+        f" {len(published)}, takeovers {takeovers}, generations to be seen {possible}, longest time"
+        f" without a grant {max(b for _, b in gaps):.2f} s, {max(a for a, _ in gaps):.2f} s unexcused"
+    )
+    assert max(gaps)[0] <= LEASE_S + INTERVAL_S + SLACK_S
+
+    # The storm was one.
+    assert storm.done["killed"] >= seconds
+    assert storm.done["stopped"] >= seconds
+    assert takeovers >= seconds / 2
+    assert len(published) >= seconds
+    assert possible >= WORKERS * seconds
+
+    # And after it.
+    last = stamp_on_disk(directory)
+    assert last is not None and last >= max(published)
+    api = Api()
+    api.stamp = last + 1
+    survivor = Poller(directory, api, poll_interval=INTERVAL_S, lease_ttl=LEASE_S)
+    end = time.monotonic() + 60
+    while survivor.poll() != api.stamp:
+        assert survivor.stamp == last
+        assert time.monotonic() < end, "the survivor does not get to publish"
+        time.sleep(INTERVAL_S / 2)
+    assert temporary_files(directory) == []

@@ -1,0 +1,4 @@
+# the first lines of gunicorn.conf.py
+from gevent import monkey
+
+monkey.patch_all()

@@ -1,0 +1,2 @@
+# gunicorn.conf.py
+preload_app = True

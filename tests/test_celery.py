@@ -1,0 +1,34 @@
+"""Celery's prefork pool, started for real, with a broker of files."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.servers.running import WORKERS, Running, Site, check_busy_workers, stop_answering
+
+
+def start(site: Site, *arguments: str, **environment: str) -> Running:
+    return site.start(
+        *(sys.executable, "-m", "celery", "--app", "tests.servers.celery_worker", "worker"),
+        *("--pool", "prefork", "--concurrency", str(WORKERS), *arguments),
+        *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+        **environment,
+    )
+
+
+@pytest.mark.parametrize("loaded", ["", "1"], ids=["created", "loaded"])
+def test_the_recipe(site: Site, loaded: str) -> None:
+    """Processes whose parent made the client, and loaded it or not, make the requests of one."""
+    check_busy_workers(start(site, SERVERS_LOAD=loaded))
+
+
+def test_the_leader_hands_over(site: Site) -> None:
+    """At a warm shutdown the process that leads says so to the others."""
+    server = start(site)
+    check_busy_workers(server)
+    stop_answering(server)
+    server.stop()
+    assert server.process.returncode == 0
+    assert len(server.logged("yielded: shut down")) == 1
