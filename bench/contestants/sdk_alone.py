@@ -1,0 +1,9 @@
+"""The SDK without a provider: each process asks the API for itself."""
+
+from __future__ import annotations
+
+from bench.contestants import Place
+
+
+def make(place: Place, poll_interval_s: float) -> None:
+    return None

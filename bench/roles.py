@@ -1,0 +1,245 @@
+"""Called in measuring processes: whoever publishes, whoever reads, and the clock."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bench import contestants, data
+
+_GRANT_PATIENCE_S = 30.0
+LONG_S = 3600.0
+"""A poll interval within which nothing falls due."""
+
+_provider: Any = None
+_variants: list[dict[str, Any]] = []
+_client: Any = None
+_held: Any = None
+_told_to_fetch_s = 0.0
+
+
+def samples(function: Callable[[], object], runs: int, *, warm_up: int = 1) -> list[float]:
+    """Seconds that each of `runs` calls took. What a call returns is freed outside of the time."""
+    for _ in range(warm_up):
+        function()
+    found = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        result = function()
+        found.append(time.perf_counter() - start)
+        del result
+    return found
+
+
+def batches(function: Callable[[], object], runs: int, calls: int) -> list[float]:
+    """Like `samples`, of something short: each sample is the mean of `calls` calls."""
+    for _ in range(calls):
+        function()
+    found = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        found.append((time.perf_counter() - start) / calls)
+    return found
+
+
+def open_provider(contestant: str, place: dict[str, str], poll_interval_s: float = LONG_S) -> None:
+    """Make this process's provider."""
+    global _provider
+    _provider = contestants.make(contestant, place, poll_interval_s)
+    if _provider is not None:
+        _note_answers(_provider)
+
+
+def _note_answers(provider: Any) -> None:
+    ask = provider.should_fetch_flag_definitions
+
+    def noting() -> bool:
+        global _told_to_fetch_s
+        answer: bool = ask()
+        if answer:
+            _told_to_fetch_s = time.monotonic()
+        return answer
+
+    provider.should_fetch_flag_definitions = noting
+
+
+def last_told_to_fetch() -> float:
+    """When this process's provider last answered that it should fetch, CLOCK_MONOTONIC; 0 if never."""
+    return _told_to_fetch_s
+
+
+def publish_first(flags: int) -> None:
+    """Lead, and publish definitions with so many flags. Raises `RuntimeError` if somebody else leads."""
+    _wait_for_grant()
+    _provider.on_flag_definitions_received(data.make(flags))
+
+
+def prepare_variants(flags: int, count: int) -> None:
+    """Have other answers of the API at hand, each with one flag changed."""
+    base = data.make(flags)
+    _variants[:] = [data.with_one_flag_changed(base, number) for number in range(count)]
+    gc.collect()
+
+
+def publish_variant(number: int) -> float:
+    """Publish one of them; the seconds that the provider's call took."""
+    _wait_for_grant()
+    variant = _variants[number % len(_variants)]
+    start = time.perf_counter()
+    _provider.on_flag_definitions_received(variant)
+    return time.perf_counter() - start
+
+
+def dump_variants(flags: int, count: int, runs: int) -> list[float]:
+    """The seconds that `json.dumps` alone takes for each of them."""
+    import json
+
+    prepare_variants(flags, count)
+    found = []
+    for number in range(runs):
+        variant = _variants[number % len(_variants)]
+        start = time.perf_counter()
+        text = json.dumps(variant)
+        found.append(time.perf_counter() - start)
+        del text
+    return found
+
+
+def follow(flags: int) -> None:
+    """Read as a follower, once. Raises `RuntimeError` if that is not what we are, or it is wrong."""
+    global _held
+    if _provider.should_fetch_flag_definitions():
+        raise RuntimeError("this process was to follow, and is told to fetch")
+    _held = _provider.get_flag_definitions()
+    if _held is None or len(_held["flags"]) != flags:
+        raise RuntimeError("the follower did not get what was published")
+
+
+def timed_read() -> float:
+    """The seconds that `get_flag_definitions` takes; what was read before is freed afterwards."""
+    global _held
+    start = time.perf_counter()
+    found = _provider.get_flag_definitions()
+    seconds = time.perf_counter() - start
+    if found is None or found == _held:
+        raise RuntimeError("there was to be something new to read")
+    _held = found
+    return seconds
+
+
+def timed_first_read(flags: int) -> float:
+    """The same for the first read of a process that has polled once and knows that it follows."""
+    import posthog  # As in any worker: its objects are what the collector walks through.
+
+    if posthog and _provider.should_fetch_flag_definitions():
+        raise RuntimeError("this process was to follow, and is told to fetch")
+    start = time.perf_counter()
+    found = _provider.get_flag_definitions()
+    seconds = time.perf_counter() - start
+    if found is None or len(found["flags"]) != flags:
+        raise RuntimeError("the first read did not bring what was published")
+    return seconds
+
+
+def time_calls(runs: int, calls: int) -> list[float]:
+    """Seconds per poll that the provider's two calls take while nothing changes."""
+
+    def poll() -> None:
+        if _provider.should_fetch_flag_definitions():
+            raise RuntimeError("no fetch was to be due")
+        _provider.get_flag_definitions()
+
+    return batches(poll, runs, calls)
+
+
+def open_client(url: str, flags: int, *, poll_interval_s: float = LONG_S, attach: bool = True) -> None:
+    """Make a client with this process's provider, and load its flags."""
+    global _client
+    from posthog import Posthog
+
+    logging.getLogger("posthog").setLevel(logging.ERROR)
+    _client = Posthog(
+        "phc_bench",
+        secret_key="phx_bench",
+        host=url,
+        poll_interval=poll_interval_s,
+        flag_definition_cache_provider=_provider,
+        sync_mode=True,
+    )
+    if attach and hasattr(_provider, "attach"):
+        _provider.attach(_client)
+    _client.load_feature_flags()
+    if len(_client.feature_flags or []) != flags:
+        raise RuntimeError("the client did not load what was published")
+
+
+def time_client_polls(runs: int, calls: int) -> list[float]:
+    """Seconds per poll of the SDK, `_load_feature_flags`, while nothing changes."""
+    return batches(_client._load_feature_flags, runs, calls)
+
+
+def start_worker(
+    contestant: str, place: dict[str, str], poll_interval_s: float, url: str, flags: int, key: str
+) -> float:
+    """Seconds from nothing but imports to the first evaluation, as in a worker that starts."""
+    start = time.perf_counter()
+    open_provider(contestant, place, poll_interval_s)
+    open_client(url, flags, poll_interval_s=poll_interval_s)
+    evaluate(key)
+    return time.perf_counter() - start
+
+
+def evaluate_first(key: str) -> float:
+    """Seconds until the first evaluation in a worker whose client was loaded before the fork."""
+    start = time.perf_counter()
+    evaluate(key)
+    return time.perf_counter() - start
+
+
+def evaluate(*keys: str) -> None:
+    """Evaluate flags for somebody, locally. Raises `RuntimeError` if there is one that is not known."""
+    found = _client.evaluate_flags("somebody", flag_keys=list(keys), only_evaluate_locally=True)
+    for key in keys:
+        found.get_flag(key, send_feature_flag_events=False)
+        if key not in _client.feature_flags_by_key:
+            raise RuntimeError(f"no definition of {key!r}")
+
+
+def work(polls: int, rounds: int, keys: list[str]) -> int:
+    """Poll, then evaluate the flags round after round; the bytes that are this process's own then."""
+    for _ in range(polls):
+        _client._load_feature_flags()
+    for _ in range(rounds):
+        evaluate(*keys)
+    gc.collect()
+    return unique_set_size()
+
+
+def unique_set_size() -> int:
+    """Bytes of memory that would be free if this process ended: what it shares with nobody."""
+    with open("/proc/self/smaps_rollup") as file:
+        return 1024 * sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
+
+
+def see(key: str, name: str, timeout_s: float) -> float:
+    """Wait until the flag has this name; when that was, CLOCK_MONOTONIC in seconds."""
+    end = time.monotonic() + timeout_s
+    while (now := time.monotonic()) < end:
+        if _client.feature_flags_by_key[key]["name"] == name:
+            return now
+        time.sleep(0.004)
+    raise RuntimeError(f"{key!r} was not to be seen as {name!r} within {timeout_s} s")
+
+
+def _wait_for_grant() -> None:
+    end = time.monotonic() + _GRANT_PATIENCE_S
+    while not _provider.should_fetch_flag_definitions():
+        if time.monotonic() > end:
+            raise RuntimeError("this process was to publish, and is never told to fetch")
+        time.sleep(0.002)
+
