@@ -26,7 +26,7 @@ class Process:
 
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()
-        environment = dict(os.environ, PYTHONPATH=os.fspath(ROOT), PYTHONHASHSEED="0")
+        environment = dict(os.environ, PYTHONPATH=os.fspath(ROOT) + ":/tmp", PYTHONHASHSEED="0")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.child"],
             stdin=subprocess.PIPE,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import random
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -184,9 +186,19 @@ def time_client_polls(runs: int, calls: int) -> list[float]:
 
 
 def start_worker(
-    contestant: str, place: dict[str, str], poll_interval_s: float, url: str, flags: int, key: str
+    contestant: str,
+    place: dict[str, str],
+    poll_interval_s: float,
+    url: str,
+    flags: int,
+    key: str,
+    within_s: float = 0.0,
 ) -> float:
-    """Seconds from nothing but imports to the first evaluation, as in a worker that starts."""
+    """Seconds from nothing but imports to the first evaluation, as in a worker that starts.
+
+    It starts at some time `within_s` seconds: pollers are rarely in step.
+    """
+    time.sleep(random.uniform(0, within_s))
     start = time.perf_counter()
     open_provider(contestant, place, poll_interval_s)
     open_client(url, flags, poll_interval_s=poll_interval_s)
@@ -201,22 +213,30 @@ def evaluate_first(key: str) -> float:
     return time.perf_counter() - start
 
 
-def evaluate(*keys: str) -> None:
-    """Evaluate flags for somebody, locally. Raises `RuntimeError` if there is one that is not known."""
-    found = _client.evaluate_flags("somebody", flag_keys=list(keys), only_evaluate_locally=True)
-    for key in keys:
-        found.get_flag(key, send_feature_flag_events=False)
-        if key not in _client.feature_flags_by_key:
-            raise RuntimeError(f"no definition of {key!r}")
+def evaluate(key: str) -> None:
+    """Evaluate a flag for somebody, locally. Raises `RuntimeError` if it is not known."""
+    if key not in _client.feature_flags_by_key:
+        raise RuntimeError(f"no definition of {key!r}")
+    _client.get_feature_flag(
+        key, "somebody", only_evaluate_locally=True, send_feature_flag_events=False
+    )
 
 
-def work(polls: int, rounds: int, keys: list[str]) -> int:
-    """Poll, then evaluate the flags round after round; the bytes that are this process's own then."""
+def work(polls: int, rounds: int, keys: list[str], together: bool) -> int:
+    """Poll, then evaluate the flags round after round; the bytes that are this process's own then.
+
+    They are evaluated one by one, each looked up by its key, or `together`, by the SDK's
+    `evaluate_flags`, which goes through all flags to pick them.
+    """
+    warnings.simplefilter("ignore", DeprecationWarning)
     for _ in range(polls):
         _client._load_feature_flags()
     for _ in range(rounds):
-        evaluate(*keys)
-    gc.collect()
+        if together:
+            _client.evaluate_flags("somebody", flag_keys=keys, only_evaluate_locally=True)
+        else:
+            for key in keys:
+                evaluate(key)
     return unique_set_size()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from shmflags._version import __version__
 from shmflags.contract import validate_provider
 from shmflags.errors import (
@@ -12,8 +14,10 @@ from shmflags.errors import (
     UnsupportedPlatformError,
 )
 from shmflags.provider import SharedMemoryFlagCache
-from shmflags.status import Status
 from shmflags.watcher import Watcher
+
+if TYPE_CHECKING:
+    from shmflags.status import Status
 
 __all__ = [
     "DamagedSnapshotError",
@@ -27,3 +31,11 @@ __all__ = [
     "__version__",
     "validate_provider",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Status":  # A worker that starts need not import it.
+        from shmflags.status import Status
+
+        return Status
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

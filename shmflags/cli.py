@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
         # A bug, and its traceback would not help who is on call.
-        return _fail(f"unexpected {type(error).__name__}: {error}; please report it")
+        text = " ".join(str(error).split())
+        return _fail(f"unexpected {type(error).__name__}: {text}; please report it")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,7 +202,8 @@ def _nothing(arguments: argparse.Namespace) -> list[str]:
     ]
     others = [doctor.user_name(uid) for uid in runtime_dir.users_with_files(at.base) if uid != at.uid]
     if others:
-        lines.append(f"There is something of {', '.join(others)}: sudo -u {others[0]} shmflags status")
+        them = shlex.quote(others[0])
+        lines.append(f"There is something of {', '.join(others)}: sudo -u {them} shmflags status")
     return lines
 
 

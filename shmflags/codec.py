@@ -52,6 +52,7 @@ _PLAIN_JSON_ONLY = {
     "strict_map_key": True,
     "unicode_errors": "surrogatepass",
 }
+_WALKED_FIRST = 16 * 1024
 _PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
 
 
@@ -251,6 +252,12 @@ def _unpack(item: memoryview, length: int, digest: bytes) -> Any:
     if len(item) != length or digest_of(item) != digest:
         raise DamagedSnapshotError("an item's bytes do not match its digest")
     try:
+        if length > _WALKED_FIRST:
+            # Before 1.2.4 msgpack takes room for as many elements as an array claims to have, at each
+            # level of nesting; a walk finds the claim to be false and takes none.
+            walk = msgpack.Unpacker(max_buffer_size=length)
+            walk.feed(item)
+            walk.skip()
         value = msgpack.unpackb(item, **_PLAIN_JSON_ONLY)
         if type(value) is str:
             value = json.loads(value)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -66,13 +68,13 @@ def examine(directory: str | None, host: Host) -> list[Check]:
 
 
 def user_name(uid: int) -> str:
-    """The name of a user, or "user 1234" if there is none."""
+    """The name of a user; if there is none, "#1234", which sudo takes for one."""
     import pwd  # Not on Windows, where the command is to say so, and not to fail at its imports.
 
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return f"user {uid}"
+        return f"#{uid}"
 
 
 def _versions() -> Check:
@@ -109,7 +111,8 @@ def _user(at: RuntimeDir) -> Check:
         "user",
         NOTE,
         f"{text}; there are files of {', '.join(others)} too",
-        f"the workers of each user share among themselves: look there by sudo -u {others[0]} shmflags",
+        "workers of one user share with each other: look at others' by "
+        f"sudo -u {shlex.quote(others[0])} shmflags doctor",
     )
 
 
@@ -262,23 +265,32 @@ def _processes(host: Host) -> Iterator[Check]:
 
 def _removal(at: RuntimeDir) -> Iterator[Check]:
     """systemd removes what users have in shared memory when they log out, unless told otherwise."""
-    in_memory = runtime_dir.file_system(at.base) in _MEMORY_FILE_SYSTEMS and at.base == Path("/dev/shm")
-    if at.uid < _HUMAN_UID or not in_memory or not os.path.isdir("/run/systemd/system"):
+    shm = Path("/dev/shm")
+    if (
+        at.uid < _HUMAN_UID
+        or not at.base.is_relative_to(shm)
+        or not os.path.isdir("/run/systemd/system")
+    ):
         return
-    told = ""
+    configuration = ""
     for path in ("/usr/lib/systemd/logind.conf", "/etc/systemd/logind.conf"):
         try:
-            lines = Path(path).read_text(errors="replace").split()
+            configuration += Path(path).read_text(errors="replace")
         except OSError:
             continue
-        told = next((line for line in reversed(lines) if line.startswith("RemoveIPC=")), told)
-    if told != "RemoveIPC=no":
+    if removes_at_logout(configuration):
         yield Check(
             "RemoveIPC",
             NOTE,
             f"systemd removes files of {user_name(at.uid)} from /dev/shm at the end of the last login",
             "workers make them anew; to spare them that, name a directory under /run",
         )
+
+
+def removes_at_logout(configuration: str) -> bool:
+    """What the text of logind.conf says of RemoveIPC; its own default is yes."""
+    settings = re.findall(r"^\s*RemoveIPC\s*=\s*(\S+)", configuration, re.MULTILINE)
+    return not settings or settings[-1].lower() not in ("no", "false", "off", "0", "n", "f")
 
 
 def _key(found: status.Status) -> Check:

@@ -55,7 +55,7 @@ class DamagedSnapshotError(ShmFlagsError):
 
 
 class LockTimeoutError(ShmFlagsError):
-    """The page's lock was busy for longer than a poll may wait."""
+    """The page's lock was busy for longer than a poll may wait, or there was no descriptor for it."""
 
 
 class UpstreamTimeoutError(ShmFlagsError):

@@ -7,6 +7,7 @@ excludes nobody, so after locking the file is compared with the one at the path.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from shmflags.runtime_dir import open_private
 
 PATIENCE_S = 0.05
 _RETRY_S = 0.001
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class FileLock:
     def held(self) -> Iterator[None]:
         """Hold the lock for the block, which must neither wait nor log.
 
-        Raises `LockTimeoutError` after `PATIENCE_S`, `PageReplacedError` if the file was removed or
-        replaced, `OSError` if it cannot be opened.
+        Raises `LockTimeoutError` after `PATIENCE_S` or for want of descriptors, `PageReplacedError`
+        if the file was removed or replaced, `OSError` if it cannot be opened.
         """
         from filelock import unlock_descriptor
 
@@ -72,6 +74,15 @@ class FileLock:
         except (FileNotFoundError, UnsafePathError):
             self._lost = True
             raise PageReplacedError("is gone or was replaced", path=self._path) from None
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            # A process that can open nothing cannot fetch either; it must not be told to try.
+            raise LockTimeoutError(
+                f"its lock cannot be had: {error.strerror}",
+                path=self._path,
+                remedy="raise the limit, or find what does not close its files",
+            ) from None
         self._descriptors.add(descriptor)
         locked = False
         try:

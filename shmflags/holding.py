@@ -26,10 +26,13 @@ class Unshared:
     """What this process fetched and could not publish; `count` is the publication count it had noted.
 
     It is newer than all that was published until then. Without a page there is no count to note.
+    `token` is that of the member who tries again; a forked child does not, and may never be told when
+    it is outdated.
     """
 
     decoded: codec.Decoded
     count: int | None
+    token: int
 
 
 class Holding:
@@ -61,7 +64,7 @@ class Holding:
         self.decoded, self.position = decoded, position
         self.unshared = None
 
-    def ahead_of(self, page: ControlPage) -> codec.Decoded | None:
+    def ahead_of(self, page: ControlPage, token: int) -> codec.Decoded | None:
         """What we fetched and could not publish, as long as nothing newer is published.
 
         Without it the client would go back to what it had before its fetch, or to nothing.
@@ -69,7 +72,7 @@ class Holding:
         unshared = self.unshared
         if unshared is None:
             return None
-        if page.is_serving() and page.fence().count != unshared.count:
+        if page.is_serving() and (page.fence().count, token) != (unshared.count, unshared.token):
             self.unshared = None
             return None
         return unshared.decoded

@@ -29,9 +29,9 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shmflags import codec, servers, settings, status
+from shmflags import codec, servers, settings
 from shmflags.attachment import Attachment
 from shmflags.election import Outcome
 from shmflags.errors import (
@@ -48,9 +48,11 @@ from shmflags.processes import Host
 from shmflags.publisher import Publisher
 from shmflags.runtime_dir import locate
 from shmflags.snapshot import DEFAULT_MAX_BYTES
-from shmflags.status import Status
-from shmflags.upstream import Upstream
 from shmflags.watcher import Watcher
+
+if TYPE_CHECKING:  # Imported when they are needed: with asyncio, they take longer than all the rest.
+    from shmflags.status import Status
+    from shmflags.upstream import Upstream
 
 _WAIT_S = 0.01
 _UNKNOWN_DIGEST = b"could not be encoded"
@@ -109,11 +111,15 @@ class SharedMemoryFlagCache:
         self._journal = Journal(service_key)
         self._member: Member | None = None
         self._member_lock = threading.Lock()
+        # The process in which that lock was made, and the watchers' threads run.
+        self._pid = os.getpid()
         # What a fork hands on:
         self._holding = Holding()
         self._publisher = Publisher(self._settings, self._holding, self._complain)
         self._upstream: Upstream | None = None
         if upstream is not None:
+            from shmflags.upstream import Upstream
+
             self._upstream = Upstream(upstream, self._holding, self._publisher, self._complain)
         self._watchers: list[Watcher] = []
         if hasattr(os, "register_at_fork"):
@@ -222,6 +228,8 @@ class SharedMemoryFlagCache:
 
         Takes no lock, creates no file, and does not raise.
         """
+        from shmflags import status
+
         told = self._settings
         at = locate(told.directory, told.service_key, self._host.account()[1])
         return status.read(at, self._host, told.max_bytes)
@@ -249,24 +257,27 @@ class SharedMemoryFlagCache:
     def _me(self) -> Member:
         """The member that this process is; a new one after a fork or a change of user."""
         member = self._member
-        if member is not None and member.account == self._host.account():
+        account = self._host.account()
+        if member is not None and member.account == account:
             return member
-        pid_changed = member is not None and member.pid != self._host.account()[0]
-        if pid_changed:
-            # Locks of the parent's threads, which did not come along.
+        is_forked = self._pid != account[0]
+        if is_forked:
+            # Locks of the parent's threads, which did not come along: one of them may have been
+            # about to make the parent's member.
+            self._pid = account[0]
             self._member_lock = threading.Lock()
             self._journal.after_fork()
         with self._member_lock:
             if self._member is member:
                 successor = Member(self._settings, self._host, self._journal)
-                if member is not None and pid_changed:
+                if member is not None and member.pid != successor.pid:
                     successor.inherit(member)
                 self._member = successor
-                if pid_changed:
-                    self._restart_watchers()
             found = self._member
             assert found is not None
-            return found
+        if is_forked:
+            self._restart_watchers()
+        return found
 
     def _poll(self, member: Member) -> bool:
         self._look_at_server()
@@ -304,7 +315,7 @@ class SharedMemoryFlagCache:
     def _current(self, member: Member) -> codec.Decoded | None:
         """What this process is to serve now: loaded before, or loaded here if there is a newer one."""
         page = member.page(self._holding.position)
-        unshared = self._holding.ahead_of(page)
+        unshared = self._holding.ahead_of(page, member.token)
         if unshared is not None:
             return unshared
         if page.is_serving() and page.position() != self._holding.position:
@@ -420,7 +431,7 @@ class SharedMemoryFlagCache:
 
 def _after_fork(this: weakref.ref[SharedMemoryFlagCache]) -> None:
     cache = this()
-    if cache is not None and cache._member is not None:
+    if cache is not None and (cache._member is not None or cache._watchers):
         try:
             cache._me()
         except Exception as error:

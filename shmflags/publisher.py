@@ -58,7 +58,7 @@ class Publisher:
                 page = member.page(self._holding.position)
             except Exception:
                 member.pending = Pending(encoded, decoded, None)
-                self._holding.unshared = Unshared(decoded, None)
+                self._holding.unshared = Unshared(decoded, None, member.token)
                 raise
             if fence is None:
                 if page.is_serving():
@@ -130,7 +130,7 @@ class Publisher:
         publication.clear_litter(page, member.is_litter, member.host.wall_ns())
 
     def _publish(self, member: Member, page: ControlPage, pending: Pending, fence: Fence) -> bool:
-        self._holding.unshared = Unshared(pending.decoded, fence.count)
+        self._holding.unshared = Unshared(pending.decoded, fence.count, member.token)
         size = HEADER_BYTES + pending.encoded.size
         if size > self._settings.max_bytes:
             member.pending = None
@@ -156,7 +156,7 @@ class Publisher:
         if done.event:
             member.tell(done.event, page)
         if done.result is Result.DROPPED:
-            overtaken = self._holding.ahead_of(page) is None
+            overtaken = self._holding.ahead_of(page, member.token) is None
             reason = "something newer was published" if overtaken else "another worker leads by now"
             member.tell(f"dropped: what was fetched, as {reason}", page)
             if page.is_serving():

@@ -6,9 +6,9 @@ its flags for ever, and nothing of ours is ever called there. And without `enabl
 threads run only while a request is handled, so a leader may stop at any point between two requests.
 Its options can be read, so the process that makes the cache says it, before there are workers.
 
-gevent replaces what stands in `threading`. Locks and thread-local state that were made before then serve
-all greenlets of a thread as one thread, in the SDK (whose requests fail with "Cannot switch to a
-different thread") as here.
+gevent replaces what stands in `threading`. Locks and thread-local state that were made before then take
+all greenlets of a thread for one, in the SDK (whose requests fail with "Cannot switch to a different
+thread") as here.
 """
 
 from __future__ import annotations

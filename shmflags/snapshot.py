@@ -29,6 +29,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -152,12 +154,21 @@ class MappedSnapshot:
             pass  # A traceback still holds a slice; the map goes when that goes.
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give damage found in the block the path of the file."""
+    try:
+        yield
+    except DamagedSnapshotError as error:
+        raise DamagedSnapshotError(error.reason, path=path) from None
+
+
 def read(directory: RuntimeDir, max_bytes: int, known: codec.Decoded | None = None) -> Snapshot:
     """Read and decode the snapshot, reusing the objects of `known`.
 
     Raises `FileNotFoundError`, other `OSError`, `UnsafePathError` or `DamagedSnapshotError`.
     """
-    with MappedSnapshot(directory, max_bytes) as mapped:
+    with _named(directory.snapshot_path), MappedSnapshot(directory, max_bytes) as mapped:
         header = mapped.header
         decoded = codec.decode(
             mapped.index, mapped.body, header.flag_count, header.cohort_count, header.digest, known
@@ -167,7 +178,7 @@ def read(directory: RuntimeDir, max_bytes: int, known: codec.Decoded | None = No
 
 def verify(directory: RuntimeDir, max_bytes: int) -> Header:
     """Check every byte of the snapshot without decoding it. Raises as `read` does."""
-    with MappedSnapshot(directory, max_bytes) as mapped:
+    with _named(directory.snapshot_path), MappedSnapshot(directory, max_bytes) as mapped:
         codec.check_items(mapped.index, mapped.body)
         return mapped.header
 

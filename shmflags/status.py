@@ -115,7 +115,9 @@ class Status:
 
     def as_dict(self) -> dict[str, Any]:
         """The same, for JSON: `schema_version` first, then every field by its name."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        found = asdict(self)
+        found.update({name: list(found[name]) for name in ("workers", "problems", "notes")})
+        return {"schema_version": SCHEMA_VERSION, **found}
 
 
 def read(directory: RuntimeDir, host: Host, max_bytes: int) -> Status:

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import os
 import select
+from types import BuiltinFunctionType
+
+# What gevent puts in its place does not look at all when it is told not to wait.
+_poll = select.poll if isinstance(getattr(select, "poll", None), BuiltinFunctionType) else None
 
 
 class Vigil:
     """A pidfd on one process. Raises `OSError` or `AttributeError` where there are none."""
 
     def __init__(self, pid: int) -> None:
+        if _poll is None:
+            raise OSError("there is no poll() here")
         self._descriptor = os.pidfd_open(pid)
         self._inode = _inode(self._descriptor)
-        self._poll = select.poll()
-        self._poll.register(self._descriptor, select.POLLIN)
 
     def sees_life(self) -> bool:
         """True if the process runs, or is stopped. False proves nothing."""
+        assert _poll is not None
+        poll = _poll()  # Not kept: two threads must not use one at the same time.
+        poll.register(self._descriptor, select.POLLIN)
         # A daemon that closes "all" descriptors closes ours, and its number comes to mean another file.
-        return not self._poll.poll(0) and _inode(self._descriptor) == self._inode
+        return not poll.poll(0) and _inode(self._descriptor) == self._inode
 
     def close(self) -> None:
         """Harmless when repeated."""

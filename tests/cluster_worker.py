@@ -115,12 +115,16 @@ class ClusterWorker(worker_main.Worker):
         else:
             client = redis.Redis(port=redis_port, decode_responses=True)
             if kind == "json":
-                self.upstream = JsonOnRedis(client, "test")
+                self.upstream = JsonOnRedis(client, "test", **arguments)
             else:
                 self.upstream = RedisFlagCache(client, "test", poll_interval=poll_interval, **arguments)
         upstream = Counted(self.upstream, counted_in) if counted_in else self.upstream
         self.cache = SharedMemoryFlagCache(
-            "test", directory=directory, poll_interval=poll_interval, upstream=upstream
+            "test",
+            directory=directory,
+            poll_interval=poll_interval,
+            max_term=3600.0,  # Making way in time would mend much of what is to be found here.
+            upstream=upstream,
         )
 
     def make_noting_tiers(self, poll_interval: float, *, is_async: bool = False) -> None:
@@ -132,6 +136,10 @@ class ClusterWorker(worker_main.Worker):
             poll_interval=poll_interval,
             upstream=self.upstream,
         )
+
+    def until_told(self) -> None:
+        assert self.cache is not None
+        support.wait_until(self.cache.should_fetch_flag_definitions, "it is told to fetch", 20)
 
     def noted(self) -> list[str]:
         return list(self.upstream.noted)

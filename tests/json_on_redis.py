@@ -6,7 +6,6 @@ import json
 import uuid
 from typing import Any
 
-_LOCK_MS = 60_000
 _TAKE_OR_PROLONG = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
@@ -19,13 +18,14 @@ _FREE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', 
 class JsonOnRedis:
     """The lock is held for as long as its holder polls; whoever holds it always fetches."""
 
-    def __init__(self, client: Any, service_key: str) -> None:
+    def __init__(self, client: Any, service_key: str, *, lock_s: float = 60.0) -> None:
         self._client = client
+        self._lock_ms = int(lock_s * 1000)
         self._value, self._lock = f"flags:{service_key}", f"flags:{service_key}:lock"
         self._name = str(uuid.uuid4())
 
     def should_fetch_flag_definitions(self) -> bool:
-        return bool(self._client.eval(_TAKE_OR_PROLONG, 1, self._lock, self._name, _LOCK_MS) == 1)
+        return bool(self._client.eval(_TAKE_OR_PROLONG, 1, self._lock, self._name, self._lock_ms) == 1)
 
     def get_flag_definitions(self) -> Any:
         found = self._client.get(self._value)
@@ -42,7 +42,7 @@ class AsyncJsonOnRedis(JsonOnRedis):
     """The same with coroutine functions; the client is a `redis.asyncio.Redis`."""
 
     async def should_fetch_flag_definitions(self) -> bool:  # type: ignore[override]
-        taken = await self._client.eval(_TAKE_OR_PROLONG, 1, self._lock, self._name, _LOCK_MS)
+        taken = await self._client.eval(_TAKE_OR_PROLONG, 1, self._lock, self._name, self._lock_ms)
         return bool(taken == 1)
 
     async def get_flag_definitions(self) -> Any:

@@ -138,4 +138,12 @@ def require_root() -> None:
         pytest.skip("only root can start processes of another user, or in other namespaces")
 
 
-__all__ = ["Connection", "Worker", "call_all", "require_program", "require_root", "wait_until", "workers"]
+__all__ = [
+    "Connection",
+    "Worker",
+    "call_all",
+    "require_program",
+    "require_root",
+    "wait_until",
+    "workers",
+]

@@ -74,7 +74,15 @@ class Site:
 
 
 @contextmanager
-def running(directory: Path, hosts: int = 2, workers: int = 2, *, up: bool = True) -> Iterator[Site]:
+def running(
+    directory: Path,
+    hosts: int = 2,
+    workers: int = 2,
+    *,
+    up: bool = True,
+    attached: bool = False,
+    lease_s: float = LEASE_S,
+) -> Iterator[Site]:
     """Hosts that reach Redis through a proxy each, all loaded, with the flag on. Not yet `up`: no Redis."""
     with RedisProgram() as program, DefinitionsServer(ON) as server:
         if not up:
@@ -83,7 +91,13 @@ def running(directory: Path, hosts: int = 2, workers: int = 2, *, up: bool = Tru
         ports = [proxy.port for proxy in proxies]
         try:
             with cluster(
-                directory, server.url, ports, workers, INTERVAL_S, lease_ttl=LEASE_S
+                directory,
+                server.url,
+                ports,
+                workers,
+                INTERVAL_S,
+                attached=attached,
+                lease_ttl=lease_s,
             ) as run:
                 site = Site(run, server, program, proxies)
                 assert run.call_all("evaluate", "one") == [True] * (hosts * workers)
@@ -176,13 +190,24 @@ def poll_until(condition: Callable[[], bool], what: str, *runs: Cluster) -> None
 
 @pytest.mark.parametrize("copied", [False, True], ids=["missed", "copied"])
 @pytest.mark.parametrize("attached", [False, True], ids=["unattached", "attached"])
-def test_a_stale_etag_freezes_no_other_host(directory: Path, attached: bool, copied: bool) -> None:
+@pytest.mark.parametrize("kind", ["redis", "json"])
+def test_a_stale_etag_freezes_no_other_host(
+    directory: Path, kind: str, attached: bool, copied: bool
+) -> None:
     """Host A fetched D0, B fetched D1 and died, the API is back at D0, and A leads: all get D0.
 
     A's client would be told 304, and D1 would stay upstream, for ever, for all other hosts. It is
     the same whether A saw D1 meanwhile or not, and whether its clients are attached or not.
     """
-    with RedisProgram() as program, DefinitionsServer(ON) as server:
+    redis = {"lease_ttl": 600.0, "max_term": 3600.0}
+    lease = redis if kind == "redis" else {"lock_s": 600.0}
+    with RedisProgram() as program, program.client() as admin, DefinitionsServer(ON) as server:
+
+        def end_lease() -> None:
+            if kind == "redis":
+                admin.hset(state_key("test"), "until", 0)
+            else:
+                admin.delete("flags:test:lock")
 
         def host(name: str) -> AbstractContextManager[Cluster]:
             return cluster(
@@ -191,24 +216,35 @@ def test_a_stale_etag_freezes_no_other_host(directory: Path, attached: bool, cop
                 [program.port],
                 2,
                 0.2,
-                lease_ttl=0.5,
+                kind=kind,
                 attached=attached,
                 by_hand=True,
+                **lease,
             )
 
         with host("a") as a:
             poll_until(lambda: server.full == 1, "A has fetched D0", a)
+            first = a.hosts[0].leader()
             with host("b") as b:
                 server.set_definitions(OFF)
+                end_lease()
                 poll_until(lambda: server.full == 2, "B leads and has fetched D1", b)
                 if copied:
                     poll_until(lambda: not any(a.call_all("evaluate", "one")), "A has D1", a)
             server.set_definitions(ON)
+            end_lease()
             asked = server.count
             poll_until(lambda: server.count > asked, "A leads and asks the API", a)
+
+            def all_have_it(run: Cluster) -> bool:
+                if kind == "json" and not first.call("leads_host"):
+                    end_lease()  # Its lock is its own, and it no longer asks for it.
+                    poll_until(lambda: True, "", a)
+                return all(run.call_all("evaluate", "one"))
+
+            poll_until(lambda: all_have_it(a), "A has D0", a)
             with host("c") as c:
-                poll_until(lambda: all(c.call_all("evaluate", "one")), "C has D0", a, c)
-                poll_until(lambda: all(a.call_all("evaluate", "one")), "A has D0", a, c)
+                poll_until(lambda: all_have_it(c), "C has D0", a, c)
 
 
 # -- what can happen
@@ -246,6 +282,14 @@ def test_redis_restarted_at_once(directory: Path) -> None:
             site.program.kill()
             site.program.start()
         wait_until(lambda: site.published() is not None, "one host publishes to Redis", 20)
+
+
+def test_a_lone_attached_host_fills_an_empty_redis(directory: Path) -> None:
+    """A single worker whose client would be told 304 for ever fills a restarted Redis all the same."""
+    with running(directory, hosts=1, workers=1, attached=True) as site:
+        site.program.kill()
+        site.program.start()
+        wait_until(lambda: site.published() is not None, "it publishes to Redis", 20)
 
 
 def test_redis_slow(directory: Path) -> None:
@@ -311,7 +355,7 @@ def test_one_host_cut_off(directory: Path) -> None:
 
 def test_a_host_leader_is_killed_with_the_clusters_lease(directory: Path) -> None:
     """Its successor on the host has the cluster's lease at once, and nobody asks more often."""
-    with running(directory) as site:
+    with running(directory, lease_s=600.0) as site:
         site.shares_again()
         (host,) = [each for each in site.run.hosts if each.leader().call("leads_cluster")]
         start_s = time.monotonic()

@@ -94,9 +94,7 @@ PROBLEMS = [
     ),
     pytest.param(
         view(workers=(worker(11), worker(12, polled=300)), states={12: "stopped"}),
-        [
-            "Process 12 last polled 5 min ago, and should every 30 s: it is stopped; continue it (kill -CONT 12)"
-        ],
+        ["Process 12 last polled 5 min ago, and should every 30 s: it is stopped; continue it"],
         id="a worker that is stopped",
     ),
     pytest.param(
@@ -116,9 +114,7 @@ PROBLEMS = [
     ),
     pytest.param(
         view(workers=(worker(11), worker(12, spacing_ns=60 * S))),
-        [
-            "Process 12 polls every 60 s, and its cache was told 30 s: give the client and the cache the same"
-        ],
+        ["Process 12 polls every 60 s, and its cache was told 30 s: give the client"],
         id="a client with a longer poll_interval than its cache",
     ),
     pytest.param(
@@ -148,16 +144,12 @@ PROBLEMS = [
     ),
     pytest.param(
         nothing_served(1, ago=60),
-        [
-            "There is nothing to serve: 1 fetch brought no flags, the last 60 s ago by process 11. Check host"
-        ],
+        ["There is nothing to serve: 1 fetch brought no flags, the last 60 s ago by process"],
         id="a first fetch that failed",
     ),
     pytest.param(
         nothing_served(3, ago=1),
-        [
-            "There is nothing to serve: 3 fetches brought no flags, the last 1 s ago by process 11. Check host"
-        ],
+        ["There is nothing to serve: 3 fetches brought no flags, the last 1 s ago by process"],
         id="fetches that fail",
     ),
     pytest.param(

@@ -525,11 +525,14 @@ def test_made_before_a_fork_one_of_all_leads(program: RedisProgram, server_clien
         pass_time(server_client, 100_000)
         assert worker.call("should_fetch") is True
         worker.call("receive", made_of("a"))
+        lease = server_client.hmget(state_key(KEY), "token", "term", "until")
         for raw in (False, True):
             children = worker.call("fork", [("should_fetch", ()), ("get", ()), ("shutdown", ())], 4, raw=raw)
             assert [results[:2] for _, results in children] == [[False, made_of("a")]] * 4
+        # No child renewed the lease, took it over, or handed it on.
+        assert server_client.hmget(state_key(KEY), "token", "term", "until") == lease
         pass_time(server_client, 2000)
-        assert worker.call("should_fetch") is True  # Its lease was not handed over by a child.
+        assert worker.call("should_fetch") is True
     finally:
         worker.close()
 
@@ -735,6 +738,16 @@ def test_damaged_definitions_are_replaced(
     assert newcomer.should_fetch_flag_definitions() is False
     assert newcomer.get_flag_definitions() == EMPTY
     assert served(leader) == ["a"]
+    pass_time(server_client, 3600)
+    publish(leader, "a")
+    assert served(newcomer) == ["a"]
+
+
+def test_evicted_definitions_are_written_again(cache: Caches, server_client: redis.Redis) -> None:
+    """If Redis evicted the definitions and nobody noticed, the next publish writes them, though equal."""
+    leader, newcomer = cache(), cache(cold_start_timeout=0.0)
+    publish(leader, "a")
+    server_client.delete(f"{state_key(KEY)}:definitions")
     pass_time(server_client, 3600)
     publish(leader, "a")
     assert served(newcomer) == ["a"]

@@ -129,7 +129,7 @@ def test_status_tells_leader_data_workers_and_counters(
 
         assert status.service_key == "test"
         assert Path(status.directory).parents[2] == directory
-        assert before <= status.at <= after
+        assert before - 0.001 <= status.at <= after + 0.001
         leader = status.leader
         assert leader is not None
         assert (leader.pid, leader.term, status.term) == (group[0].pid, 1, 1)
@@ -207,10 +207,9 @@ def test_the_same_as_json(directory: Path) -> None:
         found = status.as_dict()
         assert list(found) == KEYS
         assert found["schema_version"] == 1
-        again = json.loads(json.dumps(found))
-        assert again["counters"] == dataclasses.asdict(status.counters)
-        assert again["problems"] == list(status.problems)
-        assert [row["pid"] for row in again["workers"]] == [row.pid for row in status.workers]
+        assert json.loads(json.dumps(found)) == found
+        assert found["counters"] == dataclasses.asdict(status.counters)
+        assert found["workers"] == [dataclasses.asdict(worker) for worker in status.workers]
 
 
 def test_a_status_cannot_be_changed(directory: Path) -> None:
@@ -257,19 +256,20 @@ def test_a_stopped_worker_is_named(directory: Path, server: DefinitionsServer) -
         call_all(group, "make_cache", directory=str(directory), poll_interval=0.5)
         call_all(group, "make_client", server.url, poll_interval=0.5)
         call_all(group, "evaluate", "one")
-        assert cache.status().problems == ()
-        group[1].stop()
+        status = cache.status()
+        assert status.problems == ()
+        # Not the leader: who was told to fetch may be away for as long as a fetch takes.
+        (follower,) = [each for each in group if each.pid != getattr(status.leader, "pid", 0)]
+        follower.stop()
 
-        def silent() -> bool:
-            return [row.pid for row in cache.status().workers if row.state == "silent"] == [
-                group[1].pid
-            ]
+        def silent() -> list[int]:
+            return [row.pid for row in cache.status().workers if row.state == "silent"]
 
-        wait_until(silent, "the stopped worker is silent")
+        wait_until(lambda: silent() == [follower.pid], "the stopped worker is silent")
         (problem,) = cache.status().problems
-        assert problem.startswith(f"Process {group[1].pid} last polled")
-        assert f"kill -CONT {group[1].pid}" in problem
-        group[1].resume()
+        assert problem.startswith(f"Process {follower.pid} last polled")
+        assert f"kill -CONT {follower.pid}" in problem
+        follower.resume()
         wait_until(lambda: not cache.status().problems, "it polls again")
 
 
@@ -400,6 +400,8 @@ def test_no_page_makes_it_raise(directory: Path, seed: int) -> None:
     path.write_bytes(content)
     status = read(locate(directory, "test", os.geteuid()), Host(), 1 << 20)
     assert json.loads(json.dumps(status.as_dict()))["exists"] is True
+    (found,) = shmflags.runtime_dir.found(directory, os.geteuid())
+    assert read(found, Host(), 1 << 20).service_key in ("", "test")
 
 
 def test_the_service_key_is_found_in_the_page(directory: Path) -> None:

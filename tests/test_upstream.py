@@ -326,6 +326,7 @@ def test_a_hung_upstream_blocks_one_poll_for_a_bounded_time(worker: Workers) -> 
     leader = worker(upstream)
     start = time.monotonic()
     assert leader.should_fetch_flag_definitions() is True
+    assert PATIENCE_S == 2.0  # As documented.
     assert PATIENCE_S * 0.9 < time.monotonic() - start < PATIENCE_S + 5
     leader.on_flag_definitions_received(made_of("a"))
     start = time.monotonic()
@@ -420,6 +421,20 @@ def test_a_forked_child_does_not_shut_down_for_its_parent() -> None:
         assert raw[0][1][-1] == ["ask", "receive"]
         worker.call("shutdown")
         assert worker.call("noted") == ["ask", "receive", "shutdown"]
+    finally:
+        worker.close()
+
+
+def test_a_forked_child_that_asks_shuts_down_for_itself() -> None:
+    """A child that asks the upstream itself has a helper thread, and a shutdown, of its own."""
+    worker = Worker()
+    try:
+        worker.call("make_noting_tiers", 0.1)
+        told = [("until_told", ()), ("receive", (made_of("a"),)), ("shutdown", ()), ("noted", ())]
+        for name, arguments in told[:-1]:
+            worker.call(name, *arguments)
+        children = worker.call("fork", told, 1)
+        assert children[0][1][-1] == ["ask", "receive", "shutdown"] * 2
     finally:
         worker.close()
 

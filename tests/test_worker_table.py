@@ -152,7 +152,7 @@ def test_a_recycled_pid_is_another_worker(directory: Path) -> None:
 
 
 def test_more_real_workers_than_slots_all_work(directory: Path) -> None:
-    """Workers without a slot fetch, publish and load like the others, and only status does not see them."""
+    """Workers without a slot fetch, publish and load; only status does not see them."""
     caches = [SharedMemoryFlagCache("many", directory=directory) for _ in range(SLOTS + 10)]
     assert [cache.should_fetch_flag_definitions() for cache in caches] == [True] + [False] * (SLOTS + 9)
     caches[0].on_flag_definitions_received(definitions(flag("one")))

@@ -205,6 +205,11 @@ class Worker:
             os.close(reader)
         return time.monotonic() - start
 
+    def watchers_alive(self) -> list[bool]:
+        """For each watcher of the cache whether its thread runs in this process."""
+        assert self.cache is not None
+        return [watcher.is_alive for watcher in self.cache._watchers]
+
     def rows(self) -> list[list[Any]]:
         """The workers that `status` shows: pid and loaded generation of each."""
         assert self.cache is not None

@@ -27,6 +27,8 @@ class LmdbProvider:
     def _environment(self) -> Any:
         # An environment must not be used on the other side of a fork.
         if self._pid != os.getpid():
+            if self._opened is not None:
+                self._opened.close()
             self._opened = lmdb.open(self._path, map_size=_MAP_BYTES)
             self._pid = os.getpid()
             self._me = uuid.uuid4().hex

@@ -17,6 +17,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=25.0,
         help="how long the storm of kills and stops blows (name tests/faults on the command line)",
     )
+    parser.addoption(
+        "--simulations",
+        type=int,
+        default=3000,
+        help="how many schedules the simulation runs (name tests/faults on the command line)",
+    )
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="the first of them; with --simulations 1, the one to replay",
+    )
 
 
 @pytest.fixture

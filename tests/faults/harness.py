@@ -1,4 +1,4 @@
-"""What the fault tests share: definitions that prove themselves, pollers, children, an ear on the log."""
+"""What the fault tests share: definitions that prove themselves, pollers, children, the log."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from shmflags import SharedMemoryFlagCache, ShmFlagsError, snapshot
 from shmflags.page import PAGE_BYTES, ControlPage
@@ -86,7 +84,7 @@ class Poller:
 
     def __init__(
         self,
-        base: Path,
+        base: Path | None,
         api: Api,
         *,
         host: Host | None = None,
@@ -239,6 +237,9 @@ def start_child(function: Callable[..., Any], *arguments: Any) -> tuple[int, int
         os.close(reader)
         try:
             outcome: tuple[bool, Any] = (True, function(*arguments))
+            for handler in logging.getLogger("shmflags").handlers:
+                if isinstance(handler, Ear):
+                    handler.assert_no_surprise()
         except BaseException:
             outcome = (False, traceback.format_exc())
         data = pickle.dumps(outcome)
@@ -246,11 +247,6 @@ def start_child(function: Callable[..., Any], *arguments: Any) -> tuple[int, int
             data = data[os.write(writer, data) :]
     finally:
         os._exit(0)
-
-
-def require_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root: a second user, or a mount of its own")
 
 
 # -- what only root may do, in a child

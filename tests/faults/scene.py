@@ -112,7 +112,7 @@ class Scene:
         directory = runtime_dir(self.base)
         for path in (directory.page_path, directory.snapshot_path):
             info = os.lstat(path)
-            assert stat.S_ISREG(info.st_mode) and stat.S_IMODE(info.st_mode) == 0o600
+            assert info.st_mode == stat.S_IFREG | 0o600
             assert info.st_uid == os.geteuid()
         assert directory.page_path.stat().st_size == PAGE_BYTES
         header = snapshot.verify(directory, snapshot.DEFAULT_MAX_BYTES)

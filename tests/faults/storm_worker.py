@@ -1,7 +1,7 @@
 """One worker of the storm: it polls every 20 ms, fetches when it is told to, and notes what it saw.
 
-What it fetches is a stamp from one authority, the size of a file that everybody appends to: atomic, rising,
-and nobody can be killed or stopped in a way that holds up the others.
+What it fetches is a stamp from one authority, the size of a file that everybody appends to: atomic,
+rising, and nobody can be killed or stopped in a way that holds up the others.
 """
 
 from __future__ import annotations

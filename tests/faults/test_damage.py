@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,21 @@ from tests.faults.harness import (
     NOBODY_UID,
     Ear,
     Poller,
-    require_root,
     runtime_dir,
     temporary_files,
 )
 from tests.faults.scene import Scene
+from tests.support import require_root
 
 FILES = ["page", "snapshot"]
 STATES = ["running", "rest"]
 HEADER_FIELDS = (0, 8, 16, 24, 32, 48, 56, 64, 68, 72, 88, 104)
 PAGE_HEADER_WORDS = 128
+FILLINGS: dict[str, Callable[[int], bytes]] = {
+    "zeros": bytes,
+    "ones": lambda size: b"\xff" * size,
+    "random": random.Random(4).randbytes,
+}
 
 
 @pytest.fixture
@@ -43,6 +49,13 @@ def flip(bit: int) -> Callable[[bytearray], None]:
 def cut(length: int) -> Callable[[bytearray], None]:
     def change(content: bytearray) -> None:
         del content[length:]
+
+    return change
+
+
+def grow(more: int) -> Callable[[bytearray], None]:
+    def change(content: bytearray) -> None:
+        content.extend(bytes(more))
 
     return change
 
@@ -100,33 +113,28 @@ def test_truncated(scene: Scene, name: str, state: str) -> None:
         assert length < size
         scene.survive(scene.edit(name, cut(length)), running=state == "running")
     for more in (1, 8, 4096):
-        scene.survive(
-            scene.edit(name, lambda content: content.extend(bytes(more))), running=state == "running"
-        )
+        scene.survive(scene.edit(name, grow(more)), running=state == "running")
 
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("filling", ["zeros", "ones", "random"])
+@pytest.mark.parametrize("filling", FILLINGS)
 def test_overwritten(scene: Scene, name: str, state: str, filling: str) -> None:
     """Zeros, 0xFF or random bytes, of any size, in place of a file are recognised and mended."""
     size = scene.path(name).stat().st_size
-    fill = {
-        "zeros": bytes,
-        "ones": lambda n: b"\xff" * n,
-        "random": random.Random(4).randbytes,
-    }[filling]
+    fill = FILLINGS[filling]
     for length in (0, 1, 8, 104, size - 1, size, size + 1, PAGE_BYTES, 1 << 20):
-        scene.survive(lambda: scene.put(name, fill(length)), running=state == "running")
+        scene.survive(partial(scene.put, name, fill(length)), running=state == "running")
     # The first words as they are, which is as far as some would look; then the filling.
     for kept in (8, 16, 32, 64, 128, 136, 144, 256, 512, 1024):
-        scene.survive(
-            scene.edit(name, lambda content: _fill(content, kept, fill)), running=state == "running"
-        )
+        scene.survive(scene.edit(name, _fill(kept, fill)), running=state == "running")
 
 
-def _fill(content: bytearray, kept: int, fill: Callable[[int], bytes]) -> None:
-    content[kept:] = fill(max(len(content) - kept, 0))
+def _fill(kept: int, fill: Callable[[int], bytes]) -> Callable[[bytearray], None]:
+    def change(content: bytearray) -> None:
+        content[kept:] = fill(max(len(content) - kept, 0))
+
+    return change
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -218,7 +226,7 @@ def test_replaced_by_what_we_may_replace(scene: Scene, name: str, damage: str, s
     for newcomers in (1, 0):
         path = scene.path(name)
         scene.survive(
-            lambda: OURS_TO_REPLACE[damage](path), running=state == "running", newcomers=newcomers
+            partial(OURS_TO_REPLACE[damage], path), running=state == "running", newcomers=newcomers
         )
         path.with_name("elsewhere").unlink(missing_ok=True)
 
@@ -305,7 +313,7 @@ def test_a_directory_removed(scene: Scene, state: str, level: int) -> None:
     """With the whole directory removed, at any level, workers serve on and make it again."""
     for _ in range(3):
         path = list(_levels(scene))[level]
-        scene.survive(lambda: shutil.rmtree(path), running=state == "running")
+        scene.survive(partial(shutil.rmtree, path), running=state == "running")
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -320,22 +328,22 @@ def _move_away(path: Path) -> None:
     path.rename(path.with_name("moved-away"))
 
 
-UNSAFE_DIRECTORIES: dict[str, Callable[[Path], None]] = {
-    "is open to others": lambda path: path.chmod(0o755),
-    f"belongs to user {NOBODY_UID}": _of_another_user,
-    "is not a directory": lambda path: _to_symlink(path),
-}
-
-
 def _to_symlink(path: Path) -> None:
     path.rename(path.with_name("elsewhere"))
     path.symlink_to("elsewhere")
 
 
+UNSAFE_DIRECTORIES: dict[str, Callable[[Path], None]] = {
+    "is open to others": lambda path: path.chmod(0o755),
+    f"belongs to user {NOBODY_UID}": _of_another_user,
+    "is not a directory": _to_symlink,
+}
+
+
 @pytest.mark.parametrize("level", range(3))
 @pytest.mark.parametrize("reason", UNSAFE_DIRECTORIES)
 def test_an_unsafe_directory_is_refused(scene: Scene, ear: Ear, reason: str, level: int) -> None:
-    """New workers refuse a directory that others could tamper with, say so, and fetch for themselves."""
+    """A directory that others could tamper with is refused with the reason; each worker fetches."""
     scene.end_all()
     path = list(_levels(scene))[level]
     UNSAFE_DIRECTORIES[reason](path)

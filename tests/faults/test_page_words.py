@@ -10,18 +10,17 @@ import pytest
 
 from shmflags.page import PAGE_BYTES
 from shmflags.processes import Host
+from tests.faults.fuzz_target import check_page
 from tests.faults.harness import Ear, page_words
 from tests.faults.scene import RealLiveness, Scene
 
 HOUR_NS = 3600 * 10**9
-LEASE_NS = 3 * 10**9
 USED_WORDS = range(47)
 TABLE = 128
 SLOT_WORDS, SLOT_FIELDS = 16, 11
-LENGTH, DEADLINE = 21, 22
 WORDS = PAGE_BYTES // 8
 
-# Bounds of the integers that a word passes through: of C, of pids, of a word itself, of our own checks.
+# Bounds of the integers that a word passes through: of C, of pids, of a word, of our own checks.
 BOUNDS = [2**n + d for n in (16, 31, 32, 48, 63) for d in (-1, 0)]
 VALUES = [0, 1, 2, *BOUNDS, 2**64 - 2, 2**64 - 1]
 
@@ -32,7 +31,7 @@ def scene(directory: Path, ear: Ear) -> Scene:
 
 
 def telling_values(scene: Scene) -> list[int]:
-    """Values that mean something here: times, our own pid and one of somebody else, what others hold."""
+    """Values that mean something here: times, our own pid and another one, what other words hold."""
     now = scene.machine.now
     words = page_words(scene.base)
     own = Host().identity()
@@ -71,16 +70,7 @@ def test_any_values_in_many_words(scene: Scene, how: str, seed: int) -> None:
         words = [pick.choice(USED_WORDS) for _ in range(12)]
         words += [pick.randrange(TABLE, WORDS) for _ in range(4)]
 
-        def damage() -> None:
-            page = page_words(scene.base)
-            for word in words:
-                page[word] = pick.choice(values)
-            # A lease as a worker of another pid namespace might hold it has to be sat out.
-            if scene.machine.now < page[DEADLINE] <= scene.machine.now + page[LENGTH]:
-                page[LENGTH] = min(page[LENGTH], LEASE_NS)
-                page[DEADLINE] = min(page[DEADLINE], scene.machine.now + LEASE_NS)
-
-        scene.survive(damage, running=how == "in place", newcomers=0)
+        check_page(scene, [(word, pick.choice(values)) for word in words], in_place=how == "in place")
 
 
 @pytest.mark.parametrize("value", [1, 2**63, 2**64 - 1])

@@ -1,13 +1,14 @@
-"""Out of space, descriptors, memory, or allowed size: what was served stays, and it is put right later."""
+"""Out of space, descriptors, memory, or allowed size: what was served stays, and all is well later."""
 
 from __future__ import annotations
 
-import errno
+import gc
 import mmap
 import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import EMFILE, ENOSPC
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,13 @@ from tests.faults.harness import (
     mount_tmpfs,
     private_mounts,
     remount_read_only,
-    require_root,
     runtime_dir,
     stamp_on_disk,
     stamped,
     temporary_files,
 )
 from tests.faults.scene import Scene
+from tests.support import require_root
 
 MIB = 1 << 20
 
@@ -57,6 +58,18 @@ def poll_all(scene: Scene, rounds: int = 4) -> list[int | None]:
     return after
 
 
+def fetch_in_vain(scene: Scene) -> None:
+    """Poll until one worker has fetched what cannot be shared; the others hold what is served."""
+    known, new = scene.api.stamp - 1, scene.api.stamp
+    for _ in range(10):
+        scene.machine.pass_time(0.5)
+        held = [poller.poll() for poller in scene.group]
+        if new in held:
+            assert sorted(stamp or 0 for stamp in held) == [known] * (len(held) - 1) + [new]
+            return
+    raise AssertionError(f"nobody fetched; the workers hold {held}")
+
+
 # -- a file system that is full
 
 
@@ -76,17 +89,24 @@ def fill_up(base: Path) -> Path:
     """Take all the space that is left."""
     ballast = base / "ballast"
     with open(ballast, "wb", buffering=0) as file:
-        while True:
-            try:
-                file.write(bytes(4096))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-                return ballast
+        take_all(ENOSPC, lambda: file.write(bytes(4096)))
+    return ballast
+
+
+def take_all(number: int, take: Callable[[], object]) -> None:
+    """Take and take, until the system refuses with this error."""
+    while True:
+        try:
+            take()
+        except OSError as error:
+            if error.errno != number:
+                raise
+            return
 
 
 @pytest.mark.parametrize("options", ["size=256k", "size=10m,nr_inodes=7"])
 def test_a_publish_that_does_not_fit(tmp_path: Path, options: str, ear: Ear) -> None:
-    """On a full file system the old snapshot is served, nothing is left over, and the next one that fits works."""
+    """On a full file system the old snapshot stays, nothing is left over, and the next one works."""
 
     def act(base: Path) -> None:
         scene = Scene(base)
@@ -97,9 +117,9 @@ def test_a_publish_that_does_not_fit(tmp_path: Path, options: str, ear: Ear) -> 
             small(scene)
         else:
             large(scene, 300_000)
-        held = poll_all(scene)
-        assert set(held) == {1, 2} and not scene.group[held.index(1)].leads
+        fetch_in_vain(scene)
         assert scene.start(1)[0].poll() == 1
+        poll_all(scene, 10)
         assert stamp_on_disk(base) == 1
         assert temporary_files(base) == []
         assert ear.heard("a publish waits for the next poll", "No space left")
@@ -120,8 +140,7 @@ def test_space_that_comes_back(tmp_path: Path, ear: Ear) -> None:
         scene = Scene(base)
         ballast = fill_up(base)
         small(scene)
-        held = poll_all(scene, 3)
-        assert set(held) == {1, 2}
+        fetch_in_vain(scene)
         asked = scene.api.full
         ballast.unlink()
         assert set(poll_all(scene, 3)) == {2}
@@ -132,7 +151,7 @@ def test_space_that_comes_back(tmp_path: Path, ear: Ear) -> None:
 
 
 def test_no_space_for_the_page(tmp_path: Path, ear: Ear) -> None:
-    """Without space for the page each worker fetches for itself; with space, they share what they have."""
+    """Without space for the page each worker fetches for itself; with space, one's fetch is shared."""
 
     def act(base: Path) -> None:
         ballast = fill_up(base)
@@ -181,8 +200,6 @@ def test_a_read_only_file_system(tmp_path: Path, ear: Ear) -> None:
     def act(base: Path) -> None:
         scene = Scene(base)
         scene.end_all()
-        import gc
-
         gc.collect()  # Nobody maps the page any more, so that the mount can be changed.
         remount_read_only(base)
         scene.start(2)
@@ -262,11 +279,7 @@ def no_descriptors() -> Iterator[None]:
     """Not one more descriptor is to be had."""
     taken: list[int] = []
     with limited(resource.RLIMIT_NOFILE, 256):
-        try:
-            while True:
-                taken.append(os.open("/dev/null", os.O_RDONLY))
-        except OSError as error:
-            assert error.errno == errno.EMFILE
+        take_all(EMFILE, lambda: taken.append(os.open("/dev/null", os.O_RDONLY)))
         try:
             yield
         finally:
@@ -311,7 +324,8 @@ def test_a_limit_on_the_size_of_files(directory: Path, ear: Ear) -> None:
         scene = Scene(directory)
         large(scene, 200_000)
         with limited(resource.RLIMIT_FSIZE, 100_000):
-            assert set(poll_all(scene)) == {1, 2}
+            fetch_in_vain(scene)
+            poll_all(scene)
             assert temporary_files(directory) == []
             assert stamp_on_disk(directory) == 1
             small(scene)
@@ -349,7 +363,7 @@ def address_space(more: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("room", [1 * MIB, 20 * MIB, 50 * MIB, 90 * MIB])
+@pytest.mark.parametrize("room", [MIB, 40 * MIB])
 def test_a_reader_out_of_address_space(directory: Path, ear: Ear, room: int) -> None:
     """A worker that has no memory to load what is new keeps what it has, and loads it when it can."""
 
@@ -363,15 +377,20 @@ def test_a_reader_out_of_address_space(directory: Path, ear: Ear, room: int) -> 
         with address_space(room):
             for _ in range(3):
                 assert reader.poll() in (1, 2)
+        if room == MIB:
+            assert reader.stamp == 1
+            assert ear.heard("Cannot allocate memory") or ear.heard("MemoryError")
+        # Want of memory may come up anywhere, and so comes with a traceback.
+        ear.surprises = [line for line in ear.surprises if "MemoryError" not in line]
         scene.settle()
         scene.assert_sound()
 
     in_child(child)
 
 
-@pytest.mark.parametrize("room", [1 * MIB, 20 * MIB, 50 * MIB])
+@pytest.mark.parametrize("room", [MIB, 40 * MIB])
 def test_a_publisher_out_of_address_space(directory: Path, ear: Ear, room: int) -> None:
-    """A worker that has no memory to publish keeps what it fetched, and the others what they have."""
+    """A worker that has no memory to publish leaves the others what they have, and publishes later."""
 
     def child() -> None:
         scene = Scene(directory)
@@ -383,13 +402,14 @@ def test_a_publisher_out_of_address_space(directory: Path, ear: Ear, room: int) 
         assert leader.cache.should_fetch_flag_definitions()
         with address_space(room):
             leader.cache.on_flag_definitions_received(answer)
-        assert leader.cache.get_flag_definitions() is not None
-        assert other.poll() in (1, 2)
+        if room == MIB:
+            assert stamp_on_disk(directory) == 1
+            assert ear.heard("MemoryError")
+        ear.surprises = [line for line in ear.surprises if "MemoryError" not in line]
         leader.definitions, leader.etag = answer, 2
-        scene.api.requests = 0
+        assert [leader.poll(), other.poll()] in ([2, 1], [2, 2], [1, 1])
         scene.settle()
         scene.assert_sound()
-        ear.surprises.clear()
 
     in_child(child)
 
@@ -400,7 +420,7 @@ def test_a_publisher_out_of_address_space(directory: Path, ear: Ear, room: int) 
 def test_definitions_of_64_mib(directory: Path, ear: Ear) -> None:
     """Definitions of 64 MiB are published and read."""
     api = Api(flags=128, padding=MIB // 2)
-    first, second = Poller(directory, api), Poller(directory, api)
+    first, second = (Poller(directory, api, poll_interval=60.0, lease_ttl=None) for _ in range(2))
     assert first.poll() == 1
     assert second.poll() == 1
     assert api.requests == 1
@@ -408,7 +428,7 @@ def test_definitions_of_64_mib(directory: Path, ear: Ear) -> None:
 
 
 def test_more_than_the_maximum(directory: Path, ear: Ear) -> None:
-    """Definitions beyond `max_bytes` are refused with both numbers in the log; others keep what they have."""
+    """Definitions beyond `max_bytes` are refused with both numbers in the log; the old ones stay."""
     size = HEADER_BYTES + codec.encode(stamped(2, 4, 5_000))[0].size
     for maximum, fits in ((size, True), (size - 1, False)):
         base = directory / f"{maximum}"
@@ -416,12 +436,12 @@ def test_more_than_the_maximum(directory: Path, ear: Ear) -> None:
         scene = Scene(base, max_bytes=maximum)
         scene.api.padding = 5_000
         scene.api.change()
-        held = poll_all(scene)
         if fits:
-            assert held == [2, 2]
+            scene.settle()
             assert runtime_dir(base).snapshot_path.stat().st_size == maximum
         else:
-            assert set(held) == {1, 2}
+            fetch_in_vain(scene)
+            poll_all(scene)
             assert stamp_on_disk(base) == 1
             assert ear.heard("is not shared", f"{size} bytes", f"max_bytes is {maximum}")
             small(scene)

@@ -158,7 +158,7 @@ class Storm:
             contender.process.join(60)
 
     def excused_ns(self, start: int, stop: int) -> int:
-        """For how long, between two moments, a stopped process held the lock, or nobody was scheduled."""
+        """How long, between two moments, a stopped process held the lock, or nobody was scheduled."""
         return sum(max(0, min(stop, b) - max(start, a)) for a, b in self.held + self.late)
 
     def notes(self) -> dict[int, list[Note]]:
@@ -269,7 +269,8 @@ def test_storm(request: pytest.FixtureRequest, directory: Path, tmp_path: Path, 
 
     # And after it.
     last = stamp_on_disk(directory)
-    assert last is not None and last >= max(published)
+    assert last is not None
+    assert last >= max(published)
     api = Api()
     api.stamp = last + 1
     survivor = Poller(directory, api, poll_interval=INTERVAL_S, lease_ttl=LEASE_S)

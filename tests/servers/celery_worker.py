@@ -1,7 +1,7 @@
 """The recipe's Celery application with a broker of files, and tasks that keep all its processes busy.
 
-The worker sends itself as many tasks as it has processes; each answers until it is told to stop, so that
-every process has exactly one.
+The worker sends itself as many tasks as it has processes; each answers until it is told to stop, so
+that every process has exactly one.
 """
 
 from __future__ import annotations

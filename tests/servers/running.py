@@ -266,13 +266,13 @@ def stop_answering(server: Running) -> None:
     (server.site.answers / "stop").touch()
 
 
-def check_requests(api: DefinitionsServer, per_interval: float = 1.0) -> None:
-    """The API was asked as often as by one client that polls, so far.
+def check_requests(api: DefinitionsServer, *, apart_s: float = INTERVAL_S) -> None:
+    """So far the API was asked as often as by one client that asks every `apart_s` seconds.
 
     Four clients on their own would ask four times as often. Two requests are allowed for: the first,
     and one that was under way longer than the next.
     """
     requests = api.requests
     elapsed_s = time.monotonic() - requests[0].time_s
-    assert len(requests) <= per_interval * elapsed_s / INTERVAL_S + 2, f"{elapsed_s} s: {requests}"
+    assert len(requests) <= elapsed_s / apart_s + 2, f"{elapsed_s} s: {requests}"
     assert api.remote_evaluations == 0

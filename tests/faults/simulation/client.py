@@ -25,7 +25,7 @@ class Answer:
     data: dict[str, Any] | None = None
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """No answer; or 401 and 402, which have a `status`."""
 
     def __init__(self, status: int = 0) -> None:
@@ -68,7 +68,7 @@ class Server(Shared):
         return str(self.content if self._etags == "content" else (self.content, self.stamp))
 
     def request(self, etag: str | None) -> Answer:
-        """One request of the running thread. Raises `Failed`."""
+        """One request of the running thread. Raises `FailedError`."""
         world = self._world
         patience_s = world.random.random() * self.slowest_s
         when = world.random.random()
@@ -77,7 +77,7 @@ class Server(Shared):
         world.sleep(patience_s * (1 - when))
         world.note(f"answer {status}: stamp {stamp}, content {content}; etag sent {etag}, now {now}")
         if status != 200:
-            raise Failed(status)
+            raise FailedError(status)
         if etag is not None and etag == now:
             return Answer(304, stamp, now)
         return Answer(200, stamp, now, definitions(content))
@@ -164,8 +164,9 @@ class Client:
             if should_fetch and task.granted is None and not task.troubled:
                 world.fail("granted: told to fetch without a grant")
             if not should_fetch:
+                handed_stamp = self._process.handed_stamp
                 cached = provider.get_flag_definitions()
-                ledger.check_handed_out(self._process, cached)
+                ledger.check_handed_out(self._process, cached, handed_stamp)
                 before = self._installed
                 world.step(2)
                 if cached:
@@ -194,7 +195,7 @@ class Client:
             number, etag = self._begun, self._flags_etag
         try:
             answer = self._server.request(etag)
-        except Failed as error:
+        except FailedError as error:
             if error.status in (401, 402):
                 self._clear(number)
             return

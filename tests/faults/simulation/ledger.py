@@ -39,6 +39,7 @@ class Fetch:
 
     granted: bool
     commits: int
+    lost_commits: int
     stamp: int = -1
 
 
@@ -72,6 +73,8 @@ class Ledger(Shared):
         self.world = world
         self.interval_ns = interval_ns
         self.commits = 0
+        # Published under the lock of a page that was lost meanwhile; the next page may adopt it.
+        self.lost_commits = 0
         self.newest_stamp = -1
         self.positions: dict[Position, Published] = {}
         self.requests = 0
@@ -80,7 +83,7 @@ class Ledger(Shared):
         # Times that the page's memory was destroyed; each excuses one early grant.
         self.losses = 0
         self._excuses = 0
-        self.disk_has_failed = False
+        self.files_are_disturbed = False
         self._last_grant: _LastGrant | None = None
         self._origins: dict[int, tuple[list[Any], Position | Fetch]] = {}
         self._fetches: dict[int, tuple[object, Fetch]] = {}
@@ -91,9 +94,10 @@ class Ledger(Shared):
         """The page, or what it says, is lost: whoever never saw it may fetch at once."""
         self.losses += 1
         self._excuses += 1
+        self.files_are_disturbed = True
 
     def note_os_error(self, what: str, error: OSError) -> None:
-        if not self.disk_has_failed and not self.losses:
+        if not self.files_are_disturbed:
             self.world.fail(f"silent: an error without a cause: {what}: {error!r}")
 
     # -- requests
@@ -102,7 +106,7 @@ class Ledger(Shared):
         """The running thread was told to fetch."""
         task = self.world.running()
         self.grants += 1
-        task.granted = Fetch(True, self.commits)
+        task.granted = Fetch(True, self.commits, self.lost_commits)
         self.world.note(f"granted a fetch, at {self.commits} commits")
         if page.quiet.lease().token != grant.token:
             self.world.fail("granted: a fetch, to a process that does not hold the lease")
@@ -126,7 +130,7 @@ class Ledger(Shared):
         if fetch is None:
             if not task.troubled:
                 self.world.fail("granted: a request that nobody granted, and nothing was wrong")
-            fetch = Fetch(False, self.commits)
+            fetch = Fetch(False, self.commits, self.lost_commits)
         return fetch
 
     # -- definitions in
@@ -154,7 +158,8 @@ class Ledger(Shared):
                 self.drops += 1
                 now = page.quiet.fence()
                 same_life = now.incarnation == noted.incarnation and now.term == noted.term
-                if fetch.granted and same_life and fetch.commits == self.commits:
+                overtaken = (fetch.commits, fetch.lost_commits) != (self.commits, self.lost_commits)
+                if fetch.granted and same_life and not overtaken:
                     self.world.fail("fenced: a fetch was dropped, and nothing had overtaken it")
             return done
 
@@ -195,7 +200,7 @@ class Ledger(Shared):
             if self._page(task.process) is not None:
                 self._commit(task.publishing, f"published as {_name(header.position)}")
             else:
-                # Stopped under the lock of a page that was lost meanwhile: nothing names this.
+                self.lost_commits += 1
                 self.world.note(f"published into the void: {_name(header.position)}, stamp {stamp}")
         else:
             held = self.positions.get(task.restoring)
@@ -246,8 +251,11 @@ class Ledger(Shared):
         flags = decoded.definitions["flags"]
         self._origins[id(flags)] = (flags, position)
 
-    def check_handed_out(self, process: Process, handed: dict[str, Any] | None) -> None:
-        """`get_flag_definitions` has answered; None to a client with flags means those."""
+    def check_handed_out(self, process: Process, handed: dict[str, Any] | None, before: int) -> None:
+        """`get_flag_definitions` has answered; None to a client with flags means those.
+
+        `before` is the newest stamp that had been handed out when it was asked.
+        """
         flags = process.client.feature_flags if handed is None else handed["flags"]
         if handed is None and not flags:
             return  # "Fetch now": `note_request` asks whether that was granted.
@@ -255,7 +263,7 @@ class Ledger(Shared):
         if origin is None:
             if flags:
                 self.world.fail("forward: definitions were handed out that nobody fetched")
-            elif process.handed_stamp >= 0:
+            elif before >= 0:
                 self.world.fail("forward: empty definitions were handed out after others")
             return
         if isinstance(origin, Fetch):
@@ -263,13 +271,11 @@ class Ledger(Shared):
         else:
             stamp = self.positions[origin].stamp
             if not self.positions[origin].in_order:
-                process.handed_stamp = stamp
-        if stamp < process.handed_stamp:
-            self.world.fail(
-                f"forward: {process.name} was handed stamp {stamp} after {process.handed_stamp}"
-            )
+                process.handed_stamp = before = stamp
+        if stamp < before:
+            self.world.fail(f"forward: {process.name} was handed stamp {stamp} after {before}")
         if not isinstance(origin, Fetch):
-            process.handed_stamp = stamp
+            process.handed_stamp = max(process.handed_stamp, stamp)
 
     def note_fork(self, memo: dict[int, Any]) -> None:
         """Objects were copied for a child: `memo` has the copies by the originals' ids."""
@@ -289,7 +295,7 @@ class Ledger(Shared):
         holder = lease.holder
         key = (holder.pid, holder.start_ticks, holder.pid_namespace)
         is_dead = key in self.world.deaths and holder.pid_namespace == process.namespace
-        return _Office(lease.token, self.world.now_ns, bool(lease.deadline_ns) and is_dead)
+        return _Office(lease.token, self.world.clock_ns, bool(lease.deadline_ns) and is_dead)
 
     def check_office(self, task: Task, office: _Office | None) -> None:
         """After a poll of a worker without trouble of its own, a dead leader is out of office."""
@@ -309,7 +315,7 @@ class Ledger(Shared):
     def leader(self, process: Process) -> int:
         """The token in office now, by the page that `process` has; 0 if nobody's."""
         page = self._page(process)
-        if page is None or page.lease().deadline_ns <= self.world.now_ns:
+        if page is None or page.lease().deadline_ns <= self.world.clock_ns:
             return 0
         return page.lease().token
 

@@ -48,6 +48,7 @@ class Process(Shared):
         self.pid = pid
         self.namespace = namespace
         self.start_ticks = start_ticks
+        self.lineage: set[int] = set()
         self.alive = True
         self.stopped = False
         self.cache: Any = None
@@ -73,10 +74,16 @@ class Process(Shared):
         return number
 
     def inherit_files(self, parent: Process) -> None:
-        self.files = {
-            number: (os.dup(real), description)
-            for number, (real, description) in parent.files.items()
-        }
+        """As a fork does, but for what the parent has opened and not locked yet: that is opened anew.
+
+        Were the parent to lock it after the fork and to be killed before it unlocks, the child would
+        hold the lock until it ends. Nothing in the child can know of it.
+        """
+        for number, (real, description) in parent.files.items():
+            if description.locked:
+                self.files[number] = (os.dup(real), description)
+            else:
+                self.files[number] = (os.open(f"/proc/self/fd/{real}", os.O_RDONLY), Description())
         self._numbers = itertools.count(max(self.files, default=2) + 1)
 
     def close_file(self, number: int) -> None:
@@ -112,6 +119,7 @@ class World(Shared):
         self.random = random.Random(seed)
         self.hub = getcurrent()
         self.now_ns = 1_000 * SECOND_NS
+        self.booted_ns = 0
         self.boot_id = self.random.getrandbits(128) | 1
         self.processes: list[Process] = []
         self.tasks: list[Task] = []
@@ -130,6 +138,11 @@ class World(Shared):
         self._numbers = itertools.count(1)
         self._starts = itertools.count(1)
         self._fuel = 0.0
+
+    @property
+    def clock_ns(self) -> int:
+        """CLOCK_MONOTONIC: begins again when the machine boots."""
+        return self.now_ns - self.booted_ns
 
     # -- for the simulated code
 
@@ -177,11 +190,17 @@ class World(Shared):
 
     # -- processes and threads
 
-    def make_process(self, namespace: int, *, pids: int = 8) -> Process:
-        """A process without threads. Pids are few, so that they are soon used again."""
+    def make_process(self, namespace: int, parent: Process | None = None) -> Process:
+        """A process without threads. A pid is used again as soon as it is free.
+
+        But not by a descendant of the process that had it: without hooks a provider knows a fork by
+        its pid alone.
+        """
         taken = {one.pid for one in self.processes if one.namespace == namespace}
-        pid = next(pid for pid in range(2, pids + len(taken) + 2) if pid not in taken)
+        lineage = {*parent.lineage, parent.pid} if parent is not None else set()
+        pid = next(pid for pid in itertools.count(2) if pid not in taken | lineage)
         process = Process(self, pid, namespace, next(self._starts))
+        process.lineage = lineage
         self.processes.append(process)
         return process
 
@@ -255,8 +274,6 @@ class World(Shared):
         self._fuel = self.random.expovariate(1.0) * self.mean_fuel
         self.current = task
         try:
-            if self._verbose:
-                self.note("runs")
             task.greenlet.switch()
         finally:
             self.current = None
@@ -285,7 +302,7 @@ class Lock:
         self._reentrant = reentrant
         self._depth = 0
 
-    def acquire(self, blocking: bool = True) -> bool:
+    def acquire(self, *, blocking: bool = True) -> bool:
         self._world.step(2)
         task = self._world.running()
         while self.owner is not None and not (self._reentrant and self.owner is task):

@@ -1,0 +1,148 @@
+"""Thousands of seeded schedules of the real provider on a simulated host (simulation/)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from shmflags import election, file_lock, provider, publication
+from shmflags.page import Fence, Lease
+from tests.faults.simulation import FAULTS, Schedule, simulate
+
+FILE = "tests/faults/test_simulation.py"
+
+SHARES = 4
+"""The schedules are run in so many tests, for as many cores."""
+
+MOST_SEEDS = 3000
+"""Within so many seeds a fault of the code has to be found; as many are run by default."""
+
+
+def replayed(seed: int) -> str:
+    """The trace of a seed, with each suspension, and how to see it again."""
+    schedule = simulate(seed, verbose=True)
+    return "\n".join(
+        (
+            *schedule.trace,
+            f"seed {seed}: {schedule.world.failure or 'nothing is broken: the replay differs'}",
+            f"replay: pytest {FILE} -k no_schedule --seed {seed} --simulations 1",
+        )
+    )
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("share", range(SHARES))
+def test_no_schedule_breaks_an_invariant(share: int, request: pytest.FixtureRequest) -> None:
+    """Whoever is overtaken, stopped, killed or forked, whenever: the invariants of ledger.py hold."""
+    count = request.config.getoption("--simulations", 3000)
+    first = request.config.getoption("--seed", 0)
+    seeds = range(first + share, first + count, SHARES)
+    happened: Counter[str] = Counter()
+    commits = drops = 0
+    for seed in seeds:
+        schedule = simulate(seed)
+        if schedule.world.failure:
+            pytest.fail(replayed(seed), pytrace=False)
+        happened.update(schedule.faults.happened)
+        commits += schedule.ledger.commits
+        drops += schedule.ledger.drops
+    if len(seeds) >= 500:
+        assert set(happened) == set(FAULTS), "each kind of fault happened"
+        assert commits > len(seeds), "fetches were accepted"
+        assert drops > 0, "others were dropped"
+
+
+def test_a_seed_is_a_schedule() -> None:
+    """A seed that is run again does the same, step by step."""
+    for seed in range(20):
+        assert simulate(seed, verbose=True).trace == simulate(seed, verbose=True).trace
+
+
+def test_a_simulation_leaves_nothing_behind() -> None:
+    """After a simulation the modules are as they were, and no descriptor is left open."""
+    before = open_descriptors()
+    for seed in range(20):
+        simulate(seed)
+    assert provider.os is os
+    assert provider.threading is threading
+    assert file_lock.os is os
+    assert open_descriptors() == before
+
+
+def open_descriptors() -> int:
+    gc.collect()  # A map holds a descriptor.
+    return len(os.listdir("/proc/self/fd"))
+
+
+# Faults of the code, planted: each is what an implementation without one of its rules would do.
+
+
+def _always(*_: Any, **__: Any) -> bool:
+    return True
+
+
+def _never(*_: Any, **__: Any) -> bool:
+    return False
+
+
+def _no_event(*_: Any) -> str:
+    return ""
+
+
+def _ignoring_jumps(lease: Lease, now_ns: int, is_dead: Callable[..., bool]) -> str | None:
+    gone = not lease.deadline_ns or lease.deadline_ns <= now_ns or is_dead(lease.holder)
+    return "it was to be had" if gone else None
+
+
+PLANTED: dict[str, list[tuple[Any, str, Any]]] = {
+    "no fencing": [(election, "may_publish", _always)],
+    "generation from the page alone": [
+        (publication, "_roll_forward", _no_event),
+        (publication, "_is_newer", _never),
+    ],
+    "ETag ignored": [(election, "_trusts", _always)],
+    "grants without pause": [(election, "is_due", _always)],
+    "lock on a file that was replaced": [(file_lock.FileLock, "guards_its_path", _always)],
+    "a deadline far ahead is believed": [(election, "why_takeable", _ignoring_jumps)],
+}
+
+
+def first_broken(simulation: Callable[[int], Schedule]) -> str:
+    """What the first failing seed of those that are run by default says; fails if none does."""
+    for seed in range(MOST_SEEDS):
+        failure = simulation(seed).world.failure
+        if failure:
+            return f"seed {seed}: {failure}"
+    pytest.fail(f"not found within {MOST_SEEDS} seeds")
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With this rule of the code disabled, one of the default seeds breaks an invariant."""
+    for place, name, stand_in in PLANTED[fault]:
+        monkeypatch.setattr(place, name, stand_in)
+    assert first_broken(simulate)
+
+
+def test_whoever_holds_the_lease_may_publish_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lease for a fence, a leader deposed and elected again publishes its old fetch."""
+    running: list[Schedule] = []
+
+    def holds_the_lease(noted: Fence, current: Fence, *, serving: bool) -> bool:
+        me = running[-1].world.process().cache._member
+        return bool(me.known_page.quiet.lease().token == me.token)
+
+    monkeypatch.setattr(election, "may_publish", holds_the_lease)
+    assert "fenced" in first_broken(lambda seed: simulate(seed, told=running.append))
+
+
+def test_a_pid_without_start_time_is_found() -> None:
+    """With the pid for proof of life, a process that was given it keeps a dead leader in office."""
+    broken = first_broken(lambda seed: simulate(seed, knows_start_times=False))
+    assert "in office" in broken

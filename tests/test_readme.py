@@ -1,0 +1,171 @@
+"""The documents: every command and code block is run, every relative link leads somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shmflags.demo.server import DefinitionsServer, definitions, flag
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "tests" / "servers" / "recipes"
+DOCUMENTS = sorted(ROOT.glob("*.md"))
+SHOWN_ONLY = ("text", "console")
+"""Blocks of these kinds are pictures, or what a command prints; they are not to be run."""
+
+
+@dataclass(frozen=True)
+class Block:
+    document: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.document}:{self.line}"
+
+
+def blocks(document: Path) -> Iterator[Block]:
+    text = document.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield Block(document.name, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+
+
+ALL_BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
+RECIPE_TEXTS = {
+    path.read_text(encoding="utf-8").strip() for path in RECIPES.iterdir() if path.is_file()
+}
+
+
+def is_set_up(block: Block) -> bool:
+    """The two commands at the top, each of which makes an environment of its own, and a checkout's others."""
+    return "-m venv" in block.text or ".venv/bin" in block.text
+
+
+def of_kind(*languages: str) -> list[Block]:
+    found = [block for block in ALL_BLOCKS if block.language in languages]
+    return [block for block in found if block.text.strip() not in RECIPE_TEXTS and not is_set_up(block)]
+
+
+@pytest.fixture
+def environment(directory: Path) -> Iterator[dict[str, str]]:
+    """What a user's shell has: the keys, a directory of its own, this interpreter's programs."""
+    with DefinitionsServer(definitions(flag("my-flag"), flag("cheaper"))) as server:
+        yield {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "error",
+            "SHMFLAGS_DIR": str(directory),
+            "POSTHOG_HOST": server.url,
+            "POSTHOG_PROJECT_API_KEY": "phc_test",
+            "POSTHOG_SECRET_KEY": "phx_test",
+            "NO_PROXY": "*",
+        }
+
+
+def run(command: list[str], environment: dict[str, str], at: Path) -> str:
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=at,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_every_block_says_what_it_is() -> None:
+    """Each block names a language for which there is a way to check it."""
+    known = {"python", "bash", "ini", "yaml", *SHOWN_ONLY}
+    assert [block.name for block in ALL_BLOCKS if block.language not in known] == []
+    assert len([block for block in ALL_BLOCKS if block.document == "README.md"]) >= 10
+
+
+@pytest.mark.parametrize("block", of_kind("python"), ids=lambda block: block.name)
+def test_python_blocks_run(block: Block, environment: dict[str, str], tmp_path: Path) -> None:
+    """A Python block runs as it stands, with the keys in the environment, and warns of nothing."""
+    run([sys.executable, "-c", block.text], environment, tmp_path)
+
+
+@pytest.mark.parametrize("block", of_kind("bash"), ids=lambda block: block.name)
+def test_shell_blocks_run(block: Block, environment: dict[str, str], tmp_path: Path) -> None:
+    """A block of commands runs in an empty directory, and each command succeeds."""
+    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("__pycache__"))
+    run(["bash", "-euo", "pipefail", "-c", block.text], environment, tmp_path)
+
+
+@pytest.mark.parametrize("block", of_kind("ini", "yaml"), ids=lambda block: block.name)
+def test_configuration_blocks_are_recipes(block: Block) -> None:
+    """A block of configuration is, to the letter, one that a test of its server runs."""
+    pytest.fail(f"{block.name} is not in {RECIPES.relative_to(ROOT)}")
+
+
+def test_every_recipe_is_shown() -> None:
+    """What the tests of the servers run is what the README tells users to write."""
+    shown = {block.text.strip() for block in ALL_BLOCKS}
+    missing = [path.name for path in RECIPES.iterdir() if path.read_text().strip() not in shown]
+    assert missing == []
+
+
+def test_the_first_command_sets_up_and_runs_the_demo(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The first command of the README works from a fresh checkout, and leaves a working environment."""
+    first = next(block for block in ALL_BLOCKS if block.language == "bash")
+    assert first.document != "README.md" or "demo" in first.text
+    command = next(b.text for b in blocks(ROOT / "README.md") if b.language == "bash")
+    assert command.count("\n") == 1, "it is one line to paste"
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    shutil.copytree(ROOT / "shmflags", checkout / "shmflags")
+    del environment["PYTHONPATH"], environment["PYTHONWARNINGS"], environment["SHMFLAGS_DIR"]
+    shown = run(["bash", "-euo", "pipefail", "-c", command], environment, checkout)
+    assert "PASS" in shown
+    assert "FAIL" not in shown
+
+
+def test_the_second_command_is_what_is_checked() -> None:
+    """The second command of the README sets up and runs the tests; continuous integration runs that line."""
+    second = [b for b in blocks(ROOT / "README.md") if b.language == "bash"][1]
+    assert second.text.count("\n") == 1, "it is one line to paste"
+    assert re.fullmatch(r"python3 -m venv .*-m pytest .*\n", second.text)
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "README.md" in ci
+    assert 'bash -euo pipefail -c "$(test_command)"' in ci
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    """Each relative link names a file that is there, and a heading of it if it says so."""
+    text = document.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    broken = []
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, heading = target.partition("#")
+        file = document if not path else (document.parent / path)
+        if not file.exists() or (heading and heading not in anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
