@@ -18,6 +18,8 @@ def main(arguments: list[str]) -> int:
         from bench import worker_startup
 
         return worker_startup.main(arguments[1:])
+    if arguments and arguments[0] in frame.known_questions():
+        arguments = ["--only", *arguments]
     told = _parse(arguments)
     questions = told.only.split(",") if told.only else list(frame.known_questions())
     unknown = sorted(set(questions) - set(frame.known_questions()))

@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     _prepare_streams()
     try:
-        arguments = _parser().parse_args(argv)
-        run: Callable[[argparse.Namespace], int] = arguments.run
-        result = run(arguments)
-        sys.stdout.flush()
-        return result
+        try:
+            arguments = _parser().parse_args(argv)
+            run: Callable[[argparse.Namespace], int] = arguments.run
+            return run(arguments)
+        finally:
+            sys.stdout.flush()  # Here, where it may fail; not at exit, where Python would complain.
     except BrokenPipeError:
-        _discard_output()  # Whoever read it has seen enough.
-        return FINE
+        return FINE  # Whoever read it has seen enough.
     except KeyboardInterrupt:
         return INTERRUPTED
     except ShmFlagsError as error:
@@ -350,10 +350,6 @@ def _say(sentence: str) -> None:
 
 
 def _fail(sentence: str) -> int:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard_output()
     _say(sentence)
     return WRONG
 
@@ -365,11 +361,3 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # Whatever a key holds.
-
-
-def _discard_output() -> None:
-    """Let nothing be written at exit, where it would fail once more and be complained of."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass

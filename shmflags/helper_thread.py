@@ -7,16 +7,17 @@ as the thread, as connections of async clients belong to their loop.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import queue
-import selectors
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from shmflags.errors import UpstreamTimeoutError
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 _T = TypeVar("_T")
 
@@ -51,7 +52,7 @@ class HelperThread:
         self._overdue = False
         self._calls: queue.SimpleQueue[_Call[Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: AbstractEventLoop | None = None
 
     def call(self, function: Callable[[], _T], timeout_s: float) -> _T:
         """What `function` returns or raises, if it does so within `timeout_s`.
@@ -81,6 +82,9 @@ class HelperThread:
         """
         if not inspect.isawaitable(result):
             return result
+        import asyncio
+        import selectors
+
         if self._loop is None:
             # Not epoll: closing its copy of an epoll loop, a forked child would unregister the
             # parent's descriptors, as the kernel's object is shared. And select() ends at 1,024.

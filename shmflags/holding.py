@@ -56,7 +56,7 @@ class Holding:
             # told 304 it would keep that.
             received = UNKNOWN_DIGEST
         # Another thread's fetch may have been installed just before those empty definitions were.
-        position = NOTHING if self.gave_nothing else self.position
+        position = NOTHING if self.gave_nothing and not attached else self.position
         return ClientState(received, position, attached)
 
     def adopt(self, decoded: codec.Decoded, position: Position) -> None:

@@ -71,6 +71,8 @@ class _Process:
         self.term = 0  # The one in which it leads; 0 if it does not.
         self.owed: _Owed | None = None
         self.pending: Publish | None = None
+        # What was loaded for the host, until the host has it: it may have given up waiting.
+        self.loaded: codec.Decoded | None = None
         self.told_s = float("-inf")
         self.first_deadline_s: float | None = None
         self.closed = False
@@ -209,8 +211,11 @@ class RedisFlagCache:
             digest = self._first(process, time.monotonic() + wait_s)
         if not digest:
             return Exchange(False, digest=NOTHING)
-        decoded = self._load(process, digest, known)
-        return Exchange(False, decoded.definitions, decoded.digest)
+        if known is not None and known.digest == digest:
+            process.loaded = None
+            return Exchange(False, known.definitions, digest)
+        process.loaded = self._load(process, digest, process.loaded or known)
+        return Exchange(False, process.loaded.definitions, process.loaded.digest)
 
     # -- one poll
 

@@ -338,6 +338,20 @@ def test_watch_on_a_terminal(directory: Path, leader: SharedMemoryFlagCache, col
 # -- output that fails
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["status", "test"], ["doctor"], ["export", "test"]])
+def test_a_pipe_that_nobody_reads_is_no_error(
+    directory: Path, leader: SharedMemoryFlagCache, arguments: list[str]
+) -> None:
+    """Whatever is printed into a pipe whose reader has gone, the command ends quietly, with 0."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {"SHMFLAGS_DIR": str(directory)}
+    with started(*arguments, stdout=writer, environment=environment) as process:
+        os.close(writer)
+        ended = end_of(process)
+    assert (ended.status, ended.err) == (0, "")
+
+
 def test_a_full_disk_is_said(directory: Path, leader: SharedMemoryFlagCache) -> None:
     """If the output cannot be written, that is one line on stderr and status 1."""
     with (

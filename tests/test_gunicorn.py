@@ -162,7 +162,7 @@ def test_a_master_that_is_root_and_loaded(site: Site) -> None:
     answers += server.ask_until(lambda answer: answer.values == after, "know of the change")
     assert [answer for answer in answers if answer.values not in (before, after)] == []
     assert {answer.uid for answer in answers} == {pwd.getpwnam("nobody").pw_uid}
-    server.ask_until_requests(10)
+    server.ask_until_requests(6)
     # Root's master is one fetcher, and the workers are another: files of one user are not for others.
     assert site.api.full <= 4
     check_requests(site.api, apart_s=INTERVAL_S / 2)

@@ -377,6 +377,20 @@ def test_a_follower_restores_what_is_removed(directory: Path, file: Path) -> Non
         assert served(directory) == ONE
 
 
+def test_a_follower_leads_again_on_a_new_page(directory: Path, file: Path) -> None:
+    """If only the page is removed, it takes the lease of the new one at its next look."""
+    told = settings.check("test", str(directory), 10.0, 0.0, None, None, "auto", None, 1 << 20)
+    publisher = LocalPublisher(told)
+    publisher.publish(read_definitions(str(file)))
+    (page,) = directory.glob("shmflags-*/v1/*/page")
+    page.unlink()
+    assert leader_of(directory) is None
+    publisher.keep()
+    assert leader_of(directory) == os.getpid()
+    assert served(directory) == ONE
+    publisher.leave()
+
+
 def test_a_follower_that_is_deposed_ends(run: Run, directory: Path, file: Path, tmp_path: Path) -> None:
     """If another process takes the lease by force, the follower says so and ends with 1."""
     other = tmp_path / "other.json"

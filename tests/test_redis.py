@@ -436,8 +436,13 @@ def test_what_a_host_holds_is_given_back(program: RedisProgram, cache: Caches) -
     exchange = asking.exchange_for_host(7, known, 0)
     assert exchange.definitions is known.definitions
     assert program.commands().get("get", 0) == before
-    assert asking.exchange_for_host(7, None, 0).definitions == made_of("a")
-    assert asking._held is None
+    slow = asking.exchange_for_host(7, None, 0).definitions
+    assert slow == made_of("a")
+    # A host that had given up waiting for it does not wait for it again.
+    assert asking.exchange_for_host(7, None, 0).definitions is slow
+    assert program.commands()["get"] == before + 1
+    asking.exchange_for_host(7, known, 0)
+    assert (asking._held, asking._here().loaded) == (None, None)
 
 
 def test_a_host_may_wait_for_the_first_publish(cache: Caches) -> None:

@@ -24,7 +24,7 @@ from shmflags.processes import Host
 from shmflags.runtime_dir import locate
 from tests.support import Worker, require_program, require_root, wait_until
 
-INTERVAL_S = 0.2
+INTERVAL_S = 1.5
 _MAIN = """
 import sys
 from multiprocessing.connection import Connection
@@ -120,7 +120,7 @@ def test_one_leader(
     for worker in group:
         worker.start("until", "two", True, 60.0)
     assert [worker.result() for worker in group] == [True, True]
-    assert server.wait_for(lambda s: s.answered >= 6, 60)
+    assert server.wait_for(lambda s: s.answered >= 3, 60)
     assert server.full == 2
     elapsed_s = time.monotonic() - server.requests[0].time_s
     assert server.count <= elapsed_s / INTERVAL_S + 2
@@ -138,7 +138,7 @@ def test_a_pid_of_another_namespace_proves_nothing(
     start: Callable[..., Worker], directory: Path, leading: str, following: str, own_proc: bool
 ) -> None:
     """A leader in another pid namespace keeps its lease until the end, alive or dead."""
-    lease_s = 2.0
+    lease_s = 2.5
     leader, follower = start(leading, own_proc, lease_s), start(following, own_proc, lease_s)
     renewed_s = time.monotonic()
     assert leader.call("should_fetch")

@@ -49,12 +49,11 @@ def large(scene: Scene, size: int) -> None:
 
 
 def poll_all(scene: Scene, rounds: int = 4) -> list[int | None]:
-    """What the workers hold after some polls in which nobody went back."""
+    """What the workers hold after some polls in which nobody fell behind what is served."""
     for _ in range(rounds):
-        before = [poller.stamp or 0 for poller in scene.group]
         scene.machine.pass_time(0.5)
         after = [poller.poll() for poller in scene.group]
-        assert all((new or 0) >= old for new, old in zip(after, before, strict=True))
+        assert min(stamp or 0 for stamp in after) >= (stamp_on_disk(scene.base) or 0)
     return after
 
 
@@ -376,7 +375,10 @@ def test_a_reader_out_of_address_space(directory: Path, ear: Ear, room: int) -> 
             scene.machine.pass_time(0.5)
         with address_space(room):
             for _ in range(3):
-                assert reader.poll() in (1, 2)
+                assert reader.cache.should_fetch_flag_definitions() is False
+                found = reader.cache.get_flag_definitions()
+                assert found is not None
+                reader.definitions = found
         if room == MIB:
             assert reader.stamp == 1
             assert ear.heard("Cannot allocate memory") or ear.heard("MemoryError")

@@ -19,8 +19,9 @@ from shmflags.demo.server import DefinitionsServer
 from tests.servers.answers import Answer, kept_answers, switched, values
 from tests.support import WAIT_S, wait_until
 
-INTERVAL_S = 0.5
-"""The workers' poll_interval."""
+INTERVAL_S = 1.5
+"""The workers' poll_interval. While nothing can be served, a fetch that takes half as long, on a machine
+that is busy, is followed by another."""
 
 WORKERS = 4
 RECIPES = Path(__file__).parent / "recipes"
@@ -235,7 +236,7 @@ def check_workers(server: HttpServer) -> None:
     wrong = [answer for answer in answers if answer.values not in (before, after)]
     assert not wrong, f"{wrong}\n{server.log}"
     assert api.full == 2, f"{api.requests}\n{server.log}"
-    server.ask_until_requests(5)
+    server.ask_until_requests(3)
     check_requests(api)
 
 
@@ -257,7 +258,7 @@ def check_busy_workers(server: Running) -> None:
     server.wait_until(lambda: all_know(after), "all know of the change")
     assert histories() == [[before, after]] * WORKERS, server.log
     assert api.full == 2, f"{api.requests}\n{server.log}"
-    server.wait_until(lambda: api.answered >= 5, "the API has answered 5 requests")
+    server.wait_until(lambda: api.answered >= 3, "the API has answered 3 requests")
     check_requests(api)
 
 
