@@ -120,7 +120,9 @@ class SharedMemoryFlagCache:
         if upstream is not None:
             from shmflags.upstream import Upstream
 
-            self._upstream = Upstream(upstream, self._holding, self._publisher, self._complain)
+            self._upstream = Upstream(
+                upstream, self._settings, self._holding, self._publisher, self._complain
+            )
         self._watchers: list[Watcher] = []
         if hasattr(os, "register_at_fork"):
             this = weakref.ref(self)
@@ -304,9 +306,8 @@ class SharedMemoryFlagCache:
         fence = outcome.fence
         if fence is not None:
             self._publisher.clean_up(member, page)
-        if fence is not None and self._upstream is not None:
-            if self._upstream.settles(member, page, fence):
-                return False
+        if fence and self._upstream and self._upstream.settles(member, page, fence):
+            return False
         member.thread.fence = fence
         return fence is not None
 

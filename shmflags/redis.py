@@ -199,16 +199,17 @@ class RedisFlagCache:
 
     # -- for the cache of a host (upstream.py)
 
-    def exchange_for_host(self, host: int, known: codec.Decoded | None, wait_s: float) -> Exchange:
+    def exchange_for_host(self, host: int, known: codec.Decoded | None, again: bool) -> Exchange:
         """Ask for all processes that share `host`. Raises whatever went wrong."""
         process = self._here()
         process.act_for(host)
-        answer = self._poll(process)
-        digest = answer.digest
-        if answer.granted:
-            return Exchange(True, digest=digest)
-        if not digest and wait_s:
-            digest = self._first(process, time.monotonic() + wait_s)
+        if again:
+            digest = process.server.digest()
+        else:
+            answer = self._poll(process)
+            digest = answer.digest
+            if answer.granted:
+                return Exchange(True, digest=digest)
         if not digest:
             return Exchange(False, digest=NOTHING)
         if known is not None and known.digest == digest:
@@ -264,7 +265,9 @@ class RedisFlagCache:
         if term and not before:
             self._journal.event("elected: to lead the cluster", os.getpid(), term, 0)
         elif before and not term:
-            reason = "yielded: its fetch brought nothing" if made_way else "deposed, or led for max_term"
+            reason = (
+                "yielded: its fetch brought nothing" if made_way else "deposed, or led for max_term"
+            )
             self._journal.event(reason, os.getpid(), before, 0)
 
     def _may_fetch_alone(self, process: _Process) -> bool:
@@ -307,7 +310,11 @@ class RedisFlagCache:
         process.pending = None
         if result != 1:
             flags = pending.encoded.flag_count
-            said = f"published: {flags} flags, {len(blob)} bytes" if result else "dropped: another one leads"
+            said = (
+                f"published: {flags} flags, {len(blob)} bytes"
+                if result
+                else "dropped: another one leads"
+            )
             self._journal.event(f"{said}, in Redis", os.getpid(), pending.term, generation)
 
     # -- definitions out
@@ -342,7 +349,9 @@ class RedisFlagCache:
             return known
         blob = process.server.definitions()
         if blob is not None and len(blob) > self._max_bytes:
-            raise InvalidDefinitionsError(f"they take {len(blob)} bytes; max_bytes is {self._max_bytes}")
+            raise InvalidDefinitionsError(
+                f"they take {len(blob)} bytes; max_bytes is {self._max_bytes}"
+            )
         try:
             if blob is None:
                 raise DamagedSnapshotError("they are gone")

@@ -1,13 +1,14 @@
 """The provider above this host's: asked by the host's leader, before the API, when a fetch is due.
 
 Whoever wrote it, it may be sync or async, raise, hang, or answer nonsense. So it is called on a helper
-thread (helper_thread.py), outside all locks, and for `PATIENCE_S` at most; whatever goes wrong is logged
-and means: fetch. Its answers mean:
+thread (helper_thread.py), outside all locks, and for `PATIENCE_S` at most; whatever goes wrong is
+logged and means: fetch. Its answers mean:
 
-1.  Do not fetch, and here are definitions: they are published on this host, under the fence of the grant
-    like any fetch, and the API is not asked.
+1.  Do not fetch, and here are definitions: they are published on this host, under the fence of the
+    grant like any fetch, and the API is not asked.
 2.  Do not fetch, and there is nothing: if this host serves something, it goes on doing so. If not,
-    somebody is fetching elsewhere; it is looked for again for `COLD_WAIT_S`, then fetched here.
+    somebody is fetching elsewhere: it is looked for again, once per process, for most of the time for
+    which this host's workers wait for their first definitions; then it is fetched here.
 3.  Fetch: the API is asked, and what it answers is published to both.
 
 In the third case the ETag rule (election.py, rule 6) is applied to the upstream too. A 304 leaves the
@@ -15,11 +16,11 @@ upstream as it is; so the client's ETag can be trusted only if what the upstream
 last received. If it has something else, or nothing, the ETag is cleared where it can be, and else the
 fetch must bring a publish, or this worker makes way.
 
-A provider may offer more than PostHog's four methods: `exchange_for_host(host, known, wait_s)`, one call
-instead of two, which returns an `Exchange` and may raise. `host` is the same number for all processes that
-share a page, so that a cluster's lease can stay with a host whose leader changes; `known` is what this
-process holds, to be given back where it is still current; `wait_s` is how long to wait for a first
-publish.
+A provider may offer more than PostHog's four methods: `exchange_for_host(host, known, again)`, one
+call instead of two, which returns an `Exchange` and may raise. `host` is the same number for all
+processes that share a page, so that a cluster's lease can stay with a host whose leader changes;
+`known` is what this process holds, to be given back where it is still current; `again` says that it
+was asked already, and only whether there is something by now.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from shmflags.helper_thread import HelperThread
 from shmflags.holding import Holding
 from shmflags.member import Member
 from shmflags.page import ControlPage, Fence
+from shmflags.processes import Host
 from shmflags.publisher import Publisher
+from shmflags.settings import Settings
 
 PATIENCE_S = 2.0
-"""Seconds for which a poll waits for the upstream, at most."""
-COLD_WAIT_S = 1.5
+"""Seconds for which a poll waits for an answer of the upstream, at most."""
 _LOOK_AGAIN_S = 0.1
 NOTHING = b""
 _TROUBLE = "the upstream failed, so this host asks the API"
@@ -57,6 +59,11 @@ class Exchange:
     definitions: object | None = None
     digest: bytes | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Told not to fetch, and there is nothing."""
+        return not self.fetch and self.definitions is None
+
 
 @dataclass(frozen=True)
 class _Found:
@@ -73,6 +80,7 @@ class _Process:
         self.helper = HelperThread("shmflags-upstream")
         self.asked = False
         self.closed = False
+        self.cold_deadline_ns: int | None = None
 
 
 class Upstream:
@@ -81,11 +89,14 @@ class Upstream:
     def __init__(
         self,
         provider: Any,
+        settings: Settings,
         holding: Holding,
         publisher: Publisher,
         complain: Callable[[str, object], None],
     ) -> None:
         self._provider = provider
+        # Not all of it: what is fetched here in the end is to come in time for the other workers.
+        self._cold_wait_ns = settings.cold_start_ns * 4 // 5
         self._holding = holding
         self._publisher = publisher
         self._complain = complain
@@ -101,13 +112,12 @@ class Upstream:
         if process.closed:
             return False
         known = self._holding.decoded
-        wait_s = 0.0 if page.is_serving() else COLD_WAIT_S
-        host = page.incarnation
         process.asked = True
         try:
-            exchange = process.helper.call(
-                lambda: self._exchange(process.helper, host, known, wait_s), PATIENCE_S
-            )
+            exchange = self._ask(process, page, known, again=False)
+            while exchange.is_empty and not page.is_serving() and self._may_wait(process, member.host):
+                member.host.sleep(_LOOK_AGAIN_S)
+                exchange = self._ask(process, page, known, again=True)
         except Exception as error:
             self._complain(_TROUBLE, error)
             return False
@@ -147,34 +157,20 @@ class Upstream:
             process = self._processes.setdefault(member.pid, _Process())  # One, of two threads' two.
         return process
 
-    # -- on the helper thread
+    def _may_wait(self, process: _Process, host: Host) -> bool:
+        now_ns = host.now_ns()
+        if process.cold_deadline_ns is None:
+            process.cold_deadline_ns = now_ns + self._cold_wait_ns
+        return now_ns < process.cold_deadline_ns
 
-    def _exchange(
-        self, helper: HelperThread, host: int, known: codec.Decoded | None, wait_s: float
+    def _ask(
+        self, process: _Process, page: ControlPage, known: codec.Decoded | None, *, again: bool
     ) -> Exchange:
-        provider = self._provider
+        helper, host, provider = process.helper, page.incarnation, self._provider
         exchange = getattr(provider, "exchange_for_host", None)
         if exchange is not None:
-            answer: Exchange = exchange(host, known, wait_s)
-            return answer
-        start_s = time.monotonic()
-
-        def settle(result: Any) -> Any:
-            return helper.settle(result, max(0.0, start_s + PATIENCE_S - time.monotonic()))
-
-        fetch = settle(provider.should_fetch_flag_definitions())
-        if not isinstance(fetch, (bool, int)):
-            raise TypeError(f"should_fetch_flag_definitions() answered {fetch!r}, which is no bool")
-        while True:
-            try:
-                definitions = settle(provider.get_flag_definitions()) or None
-            except Exception:
-                if not fetch:
-                    raise
-                return Exchange(True)  # It is fetched anyway, only less is known.
-            if fetch or definitions is not None or time.monotonic() > start_s + wait_s:
-                return Exchange(bool(fetch), definitions, NOTHING if definitions is None else None)
-            time.sleep(_LOOK_AGAIN_S)
+            return helper.call(lambda: exchange(host, known, again), PATIENCE_S)  # type: ignore[no-any-return]
+        return helper.call(lambda: _exchange(helper, provider, again=again), PATIENCE_S)
 
     # -- what the answers mean
 
@@ -229,3 +225,22 @@ class Upstream:
         if known is not None and known.digest == decoded.digest:
             decoded = known  # Equal content: whoever has our objects is not to get new ones.
         return _Found(decoded, encoded)
+
+
+def _exchange(helper: HelperThread, provider: Any, *, again: bool) -> Exchange:
+    """On the helper thread: ask by PostHog's methods, all in all for `PATIENCE_S`."""
+    end_s = time.monotonic() + PATIENCE_S
+
+    def settle(result: Any) -> Any:
+        return helper.settle(result, max(0.0, end_s - time.monotonic()))
+
+    fetch = False if again else settle(provider.should_fetch_flag_definitions())
+    if not isinstance(fetch, (bool, int)):
+        raise TypeError(f"should_fetch_flag_definitions() answered {fetch!r}, which is no bool")
+    try:
+        definitions = settle(provider.get_flag_definitions()) or None
+    except Exception:
+        if not fetch:
+            raise
+        return Exchange(True)  # It is fetched anyway; only less is known.
+    return Exchange(bool(fetch), definitions, NOTHING if definitions is None else None)

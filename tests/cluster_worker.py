@@ -272,7 +272,12 @@ def cluster(
                 group.append(worker)
                 counted_in = str(directory / "exchanges")
                 worker.start(
-                    "make_tiers", str(directory), port, poll_interval, counted_in=counted_in, **arguments
+                    "make_tiers",
+                    str(directory),
+                    port,
+                    poll_interval,
+                    counted_in=counted_in,
+                    **arguments,
                 )
         made = Cluster(hosts)
         for worker in made.workers:

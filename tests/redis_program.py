@@ -33,7 +33,16 @@ class RedisProgram:
 
     def start(self) -> None:
         """Start it, empty, on the same port as before; returns when it answers."""
-        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        arguments = [
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
         with (Path(self._directory.name) / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [self._program, *arguments, "--dir", self._directory.name, *self._options],

@@ -336,11 +336,13 @@ def test_eight_threads_share_one_first_load(group: Group, monkeypatch: pytest.Mo
     leader, follower = group.cache(), group.cache()
     group.publish(leader, definitions(*(flag(f"flag {number}") for number in range(200))))
     all_ready = threading.Barrier(8)
+    about_to_read: list[int] = []
     reads: list[int] = []
     read = snapshot.read
 
     def counted(*arguments: Any) -> snapshot.Snapshot:
         reads.append(threading.get_ident())
+        wait_until(lambda: len(about_to_read) == 8, "all threads want to read")
         return read(*arguments)
 
     monkeypatch.setattr(snapshot, "read", counted)
@@ -349,6 +351,7 @@ def test_eight_threads_share_one_first_load(group: Group, monkeypatch: pytest.Mo
     def poll() -> None:
         all_ready.wait(WAIT_S)
         follower.should_fetch_flag_definitions()
+        about_to_read.append(threading.get_ident())
         found.append(follower.get_flag_definitions())
 
     threads = [threading.Thread(target=poll) for _ in range(8)]

@@ -14,7 +14,7 @@ import pytest
 
 from shmflags import SharedMemoryFlagCache, codec
 from shmflags.demo.server import DefinitionsServer, definitions, flag
-from shmflags.upstream import COLD_WAIT_S, PATIENCE_S
+from shmflags.upstream import PATIENCE_S
 from tests.cluster_worker import Worker
 from tests.manual_host import Machine, ManualHost
 from tests.support import WAIT_S, wait_until
@@ -220,20 +220,25 @@ def test_nothing_upstream_and_something_here(worker: Workers) -> None:
     leader.should_fetch_flag_definitions()
     leader.on_flag_definitions_received(made_of("a"))
     upstream.fetch = False
-    start = time.monotonic()
+    slept = worker.machine.slept
     assert worker.poll(leader) is False
     assert served(leader) == ["a"]
-    assert time.monotonic() - start < COLD_WAIT_S
+    assert worker.machine.slept == slept
 
 
 def test_nothing_anywhere_is_fetched(worker: Workers) -> None:
     """Told not to fetch where nothing is to be had, a host with nothing to serve fetches."""
     upstream = Upstream(fetch=False, content=None)
     leader = worker(upstream)
+    start_ns = worker.machine.now
     assert leader.should_fetch_flag_definitions() is True
+    assert 3.9 < (worker.machine.now - start_ns) / 1e9 < 5  # Of a cold_start_timeout of 5 s.
+    assert upstream.asked == 1
+    slept = worker.machine.slept
+    assert worker.poll(leader) is True
+    assert worker.machine.slept == slept  # A process waits once.
     leader.on_flag_definitions_received(made_of("a"))
     assert served(leader) == ["a"]
-    assert upstream.asked == 1
 
 
 def test_a_first_publish_elsewhere_is_waited_for(worker: Workers) -> None:
@@ -526,7 +531,9 @@ def test_a_fork_leaves_the_parents_loop_alone() -> None:
 # -- the ETag rule, against the upstream
 
 
-@pytest.mark.parametrize("content", [None, made_of("other"), {"flags": 3}], ids=["none", "other", "bad"])
+@pytest.mark.parametrize(
+    "content", [None, made_of("other"), {"flags": 3}], ids=["none", "other", "bad"]
+)
 def test_an_unattached_leader_whose_etag_is_doubtful_makes_way(worker: Workers, content: Any) -> None:
     """If the upstream lacks what the client last received, a fetch without a publish ends the lead."""
     upstream = Upstream(fetch=True)

@@ -83,7 +83,9 @@ class Schedule:
 
     def _between(self, task: Task) -> None:
         """An operation of `task` was suspended half-way: now is the time for a fault."""
-        if not self._quiet and self.random.random() < self.plan.fault_chance:
+        # Most suspensions are in loops that wait; those under a lock are the ones that matter.
+        weight = 10.0 if task.process.holds_a_lock else 0.5
+        if not self._quiet and self.random.random() < self.plan.fault_chance * weight:
             anybody = self.random.random() < 0.2
             self.faults.strike(self.random.choice(self.world.processes) if anybody else task.process)
 
