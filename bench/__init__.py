@@ -3,6 +3,7 @@
     python -m bench                      everything: a table, and JSON and plots in bench/results/
     python -m bench --quick              the same with fewer runs and workers, to see that it works
     python -m bench --only poll,memory   some of the questions
+    python -m bench --contestants shmflags,sdk       some of the alternatives
     python -m bench --json               the measurements on stdout
     python -m bench --markdown           the README's table on stdout
     python -m bench --markdown --from bench/results/results.json     … without measuring again

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import frame, plots, report
+from bench import contestants, frame, plots, report
 from bench.frame import Measurement, Options, Results, Step
 
 _RESULTS = Path(__file__).parent / "results"
@@ -27,12 +27,19 @@ def main(arguments: list[str]) -> int:
         print(f"no such question: {', '.join(unknown)}; there are {', '.join(frame.known_questions())}",
               file=sys.stderr)  # fmt: skip
         return 2
+    try:
+        if told.contestants:
+            contestants.choose(told.contestants.split(","))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if told.source:
         results, around = report.from_json(Path(told.source).read_text())
     else:
         results, around = _measure(questions, Options(quick=told.quick)), report.surroundings()
         told.into.mkdir(parents=True, exist_ok=True)
         text = report.to_json(results, around, quick=told.quick)
+        results, around = report.from_json(text)  # What is printed is what `--from` would print.
         (told.into / "results.json").write_text(text)
         for path in plots.draw(results, questions, told.into):
             print(f"written: {path}", file=sys.stderr)
@@ -47,9 +54,18 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", metavar="QUESTIONS", help="some of " + ",".join(frame.known_questions()))
-    parser.add_argument("--quick", action="store_true", help="to see that it works; no numbers to quote")
-    parser.add_argument("--json", action="store_true", help="print the measurements instead of the table")
+    parser.add_argument(
+        "--only", metavar="QUESTIONS", help="some of " + ",".join(frame.known_questions())
+    )
+    parser.add_argument(
+        "--contestants", metavar="NAMES", help="some of " + ",".join(contestants.TITLES)
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="to see that it works; no numbers to quote"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the measurements instead of the table"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the README's table instead")
     parser.add_argument("--from", dest="source", metavar="FILE", help="measure nothing, take this JSON")
     parser.add_argument(
@@ -85,7 +101,9 @@ class _ProgressBar:
         if self._is_terminal:
             filled = 30 * done // self._total
             bar = "#" * filled + "." * (30 - filled)
-            print(f"\r\033[K[{bar}] {done}/{self._total} {clock} {label}"[:120], end="", file=sys.stderr)
+            print(
+                f"\r\033[K[{bar}] {done}/{self._total} {clock} {label}"[:120], end="", file=sys.stderr
+            )
         else:
             print(f"{done + 1}/{self._total} {clock} {label}", file=sys.stderr)
         sys.stderr.flush()

@@ -96,8 +96,7 @@ def rows(results: Results) -> list[Row]:
             goals = (Goal(limit=1),) if case == "start" else ()
             unit = "s" if case == "agree" else ""
             in_readme = hosts == max(results.worker_counts("cluster", "start")) // WORKERS
-            what = f"{hosts} hosts: {what}"
-            found.append(Row(what, unit, rounded, goals=goals, in_readme=in_readme))
+            found.append(Row(f"{hosts} hosts: {what}", unit, rounded, goals=goals, in_readme=in_readme))
     return found
 
 
@@ -129,7 +128,7 @@ def prepare() -> None:
     import shmflags.redis
     from bench.contestants import redis_json
 
-    assert posthog and redis and shmflags and redis_json
+    assert all((posthog, redis, shmflags, redis_json))
     fleet.freeze()
 
 

@@ -24,7 +24,9 @@ _WORDS = (
     "stock store stream survey sync table tags team template theme ticket timeline toggle token tour "
     "trial upload usage vendor video wallet webhook widget wizard workflow workspace"
 ).split()
-_COUNTRIES = "AT AU BE BR CA CH CZ DE DK ES FI FR GB IE IN IT JP KR MX NL NO NZ PL PT SE SG US ZA".split()
+_COUNTRIES = (
+    "AT AU BE BR CA CH CZ DE DK ES FI FR GB IE IN IT JP KR MX NL NO NZ PL PT SE SG US ZA".split()
+)
 _PLANS = ["free", "starter", "team", "business", "enterprise"]
 
 
@@ -93,9 +95,7 @@ def _group(cohort_count: int, chance: random.Random) -> dict[str, Any]:
         "variant": None,
         "sort_key": "%08x-%04x-4%03x-a%03x-%012x"
         % tuple(chance.getrandbits(bits) for bits in (32, 16, 12, 12, 48)),
-        "properties": [
-            _property(cohort_count, chance) for _ in range(chance.choice((0, 1, 2, 2, 3)))
-        ],
+        "properties": [_property(cohort_count, chance) for _ in range(chance.choice((0, 1, 2, 2, 3)))],
         "rollout_percentage": chance.choice((100, 100, 50, 25, 10, chance.randint(0, 100))),
     }
 

@@ -39,7 +39,7 @@ class Options:
 
     def sizes(self, *flags: int) -> tuple[int, ...]:
         """The numbers of flags to try; only the small ones if it has to be quick."""
-        return tuple(size for size in flags if size <= 1000) if self.quick else flags
+        return tuple(size for size in flags if size <= 100) or flags[:1] if self.quick else flags
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,7 @@ class Results:
     def medians(self, question: str, case: str, **where: int) -> dict[str, float]:
         return {name: found.median() for name, found in self.find(question, case, **where).items()}
 
-    def percentiles(
-        self, question: str, case: str, percent: float, **where: int
-    ) -> dict[str, float]:
+    def percentiles(self, question: str, case: str, percent: float, **where: int) -> dict[str, float]:
         found = self.find(question, case, **where)
         return {name: measured.percentile(percent) for name, measured in found.items()}
 

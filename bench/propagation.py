@@ -24,7 +24,9 @@ _WORKERS = 8
 
 def steps(options: Options) -> list[Step]:
     rounds = 2 if options.quick else 6
-    return [Step(f"a change, {name}", partial(changes, name, rounds)) for name in contestants.available()]
+    return [
+        Step(f"a change, {name}", partial(changes, name, rounds)) for name in contestants.available()
+    ]
 
 
 def changes(name: str, rounds: int) -> Iterator[Measurement]:

@@ -31,8 +31,7 @@ def surroundings() -> dict[str, Any]:
         versions["redis-server"] = server
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb()} GB, "
-        f"{platform.system()} {platform.release()}",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb()} GB, {platform.system()}",
         "versions": versions,
     }
 
@@ -83,7 +82,14 @@ def markdown(results: Results, questions: Iterable[str], around: Mapping[str, An
                 cells[0] = f"**{cells[0]}**"
                 what = "; ".join([row.what, *_beside(row)])
                 lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{_heading(around)}."]) + "\n"
+    lines += ["", f"{_heading(around)}.", ""]
+    for name in questions:
+        for plot in getattr(frame.question(name), "plots", lambda _: [])(results):
+            if any(plot.lines.values()):
+                lines.append(
+                    f"![{plot.title}: {plot.y_label} by {plot.x_label}](bench/results/{plot.name}.svg)"
+                )
+    return "\n".join(lines) + "\n"
 
 
 def amount(value: float, unit: str) -> str:

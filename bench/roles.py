@@ -225,7 +225,7 @@ def evaluate(key: str) -> None:
 def work(polls: int, rounds: int, keys: list[str], together: bool) -> int:
     """Poll, then evaluate the flags round after round; the bytes that are this process's own then.
 
-    They are evaluated one by one, each looked up by its key, or `together`, by the SDK's
+    A full collection follows, as in any worker sooner or later. They are evaluated one by one, each looked up by its key, or `together`, by the SDK's
     `evaluate_flags`, which goes through all flags to pick them.
     """
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -237,6 +237,7 @@ def work(polls: int, rounds: int, keys: list[str], together: bool) -> int:
         else:
             for key in keys:
                 evaluate(key)
+    gc.collect()
     return unique_set_size()
 
 
@@ -262,4 +263,3 @@ def _wait_for_grant() -> None:
         if time.monotonic() > end:
             raise RuntimeError("this process was to publish, and is never told to fetch")
         time.sleep(0.002)
-

@@ -108,13 +108,16 @@ def main(arguments: list[str]) -> int:
     else:
         definitions = json.loads(told.definitions.read_text())
         if not isinstance(definitions, dict) or not definitions.get("flags"):
-            print(f"{told.definitions}: no definitions; there has to be a list `flags`", file=sys.stderr)
+            print(
+                f"{told.definitions}: no definitions; there has to be a list `flags`", file=sys.stderr
+            )
             return 2
         definitions = {"group_type_mapping": {}, "cohorts": {}, **definitions}
-    known = contestants.available()
     names = told.contestants.split(",") if told.contestants else [OURS, "sdk"]
-    if unknown := sorted(set(names) - set(known)):
-        print(f"no such contestant: {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+    try:
+        contestants.choose(names)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
     when = "client loaded before the fork" if told.preload else "client made in each worker"
     print(
@@ -142,7 +145,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=32, help="processes (32)")
     parser.add_argument("--latency", type=float, default=0.2, help="of the API, in seconds (0.2)")
     parser.add_argument("--rounds", type=int, default=3, help="starts from nothing (3)")
-    parser.add_argument("--contestants", metavar="NAMES", help="shmflags,sdk; or any of the benchmark's")
+    parser.add_argument(
+        "--contestants", metavar="NAMES", help="shmflags,sdk; or any of the benchmark's"
+    )
     parser.add_argument(
         "--preload", action=argparse.BooleanOptionalAction, default=False,
         help="load the client before the fork, as with gunicorn's preload_app",

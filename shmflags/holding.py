@@ -47,6 +47,9 @@ class Holding:
         self.attachment: Attachment | None = None
         # Empty definitions were handed out last, for want of others.
         self.gave_nothing = False
+        # A thread was told to fetch, and nothing has come back: the client may have an ETag by now
+        # of which `received` does not tell yet.
+        self.is_asking = False
 
     def client_state(self) -> ClientState:
         attached = self.attachment is not None and self.attachment.is_live
@@ -58,6 +61,12 @@ class Holding:
         # Another thread's fetch may have been installed just before those empty definitions were.
         position = NOTHING if self.gave_nothing and not attached else self.position
         return ClientState(received, position, attached)
+
+    def after_fork(self) -> None:
+        """In a forked child: the answer to a fetch of the parent's went to the parent."""
+        if self.is_asking:
+            self.received = UNKNOWN_DIGEST
+            self.is_asking = False
 
     def adopt(self, decoded: codec.Decoded, position: Position) -> None:
         """These objects are what stands at `position`."""

@@ -239,8 +239,9 @@ class SharedMemoryFlagCache:
     def watch(self, callback: Callable[[], object], interval: float = 0.05) -> Watcher:
         """Call `callback()` whenever this process is behind what is published, or nobody leads.
 
-        A daemon thread looks every `interval` seconds; it survives fork, and `shutdown` or its own
-        `stop()` ends it. An exception in `callback` is logged. Raises `TypeError` or `ValueError`.
+        From the process's first poll on, a daemon thread looks every `interval` seconds; it survives
+        fork, and `shutdown` or its own `stop()` ends it. An exception in `callback` is logged. Raises
+        `TypeError` or `ValueError`.
         """
         if not callable(callback):
             raise TypeError(f"callback must be callable, not {callback!r}")
@@ -252,6 +253,8 @@ class SharedMemoryFlagCache:
             lambda error: self._complain("a watcher's callback failed", error),
         )
         self._watchers.append(watcher)
+        if self._member is not None and self._member.known_page is not None:
+            watcher.start()
         return watcher
 
     # -- one poll
@@ -269,6 +272,7 @@ class SharedMemoryFlagCache:
             self._pid = account[0]
             self._member_lock = threading.Lock()
             self._journal.after_fork()
+            self._holding.after_fork()
         with self._member_lock:
             if self._member is member:
                 successor = Member(self._settings, self._host, self._journal)
@@ -285,7 +289,9 @@ class SharedMemoryFlagCache:
         self._look_at_server()
         member.thread.fetch_failed = member.thread.fence is not None
         member.thread.fence = None
+        self._holding.is_asking &= not member.thread.fetch_failed
         page = member.page(self._holding.position)
+        self._start_watchers()
         if self._host.now_ns() < member.busy_until_ns:
             return False
         member.note_poll(page, self._holding.position)
@@ -309,6 +315,7 @@ class SharedMemoryFlagCache:
         if fence and self._upstream and self._upstream.settles(member, page, fence):
             return False
         member.thread.fence = fence
+        self._holding.is_asking |= fence is not None
         return fence is not None
 
     # -- definitions out
@@ -396,6 +403,15 @@ class SharedMemoryFlagCache:
             if lease.token != member.token and member.election.may_lead(page):
                 return ("vacant", lease.term)
         return None
+
+    def _start_watchers(self) -> None:
+        # At the first poll: before, there is nothing to watch, and a server that only makes the client
+        # before it forks has no thread of ours, which in uWSGI might hold the GIL as it forks.
+        for watcher in self._watchers:
+            try:
+                watcher.start()
+            except RuntimeError as error:  # No more threads to be had.
+                self._complain("a watcher could not be started", error)
 
     def _restart_watchers(self) -> None:
         for watcher in self._watchers:

@@ -52,6 +52,7 @@ class Publisher:
                 self._complain("what was fetched cannot be shared, and what was served stays", error)
                 return False
             self._holding.received = decoded.digest
+            self._holding.is_asking = False
             if not self._settings.electable or member.closed:
                 return False
             try:
@@ -159,9 +160,9 @@ class Publisher:
             overtaken = self._holding.ahead_of(page, member.token) is None
             reason = "something newer was published" if overtaken else "another worker leads by now"
             member.tell(f"dropped: what was fetched, as {reason}", page)
-            if page.is_serving():
-                # Whoever leads may be told 304 from now on, and then nothing says that this is outdated.
-                self._holding.unshared = None
+            # Better than nothing, but not than what is served: whoever leads may be told 304 from now
+            # on, and then nothing says when this is outdated.
+            self._holding.unshared = Unshared(pending.decoded, None, member.token)
             return False
         self._holding.adopt(pending.decoded, done.position)
         member.tended = snapshot.signature(page.directory.snapshot_path)

@@ -2,19 +2,20 @@
 
 How it is kept in Redis stands in redis_server.py; the rules are those of election.py:
 
-1.  The leader renews its lease by polling. It may be taken when it is vacant, has run out, or ends further
-    ahead than it is long (after a failover to a clock that is behind). Taking it raises the term.
+1.  The leader renews its lease by polling. It may be taken when it is vacant, has run out, or ends
+    further ahead than it is long (after a failover to a clock that is behind). Taking it raises the
+    term.
 2.  The leader is told to fetch when the last grant is half an interval old, by Redis's clock.
 3.  A fetch is accepted in the term of its grant, from the process that was granted it; or if there is
     nothing yet.
-4.  What the client last received is what its ETag stands for. If Redis has something else, the fetch must
-    bring a publish before the next poll, or the leader makes way for an interval. So it is while Redis
-    has nothing.
+4.  What the client last received is what its ETag stands for. If Redis has something else, the fetch
+    must bring a publish before the next poll, or the leader makes way for an interval. So it is while
+    Redis has nothing.
 5.  Nor does anybody lead for longer than `max_term`, as a 304 and a failure look alike.
 
-What differs: no death can be proved from here, so a dead leader is replaced when its lease ends. But the
-processes of one host that ask on its behalf (`exchange_for_host`) share a name in the cluster: when the
-host's leader changes, the new one has the lease at once, in a new term.
+What differs: no death can be proved from here, so a dead leader is replaced when its lease ends. But
+the processes of one host that ask on its behalf (`exchange_for_host`) share a name in the cluster:
+when the host's leader changes, the new one has the lease at once, in a new term.
 
 If Redis cannot be used, a worker is on its own: it is told to fetch, once in half an interval.
 """
@@ -199,7 +200,7 @@ class RedisFlagCache:
 
     # -- for the cache of a host (upstream.py)
 
-    def exchange_for_host(self, host: int, known: codec.Decoded | None, again: bool) -> Exchange:
+    def exchange_for_host(self, host: int, known: codec.Decoded | None, *, again: bool) -> Exchange:
         """Ask for all processes that share `host`. Raises whatever went wrong."""
         process = self._here()
         process.act_for(host)
@@ -245,7 +246,7 @@ class RedisFlagCache:
         answer = process.server.poll(process.token, make_way=fruitless)
         if fruitless:
             process.owed = None
-        self._note_term(process, answer.term, fruitless)
+        self._note_term(process, answer.term, made_way=fruitless)
         thread.term, thread.digest = answer.term, answer.digest
         if answer.granted:
             thread.told, process.told_s = True, now_s
@@ -260,7 +261,7 @@ class RedisFlagCache:
             return False
         return owed.thread == threading.get_ident() or now_s - owed.at_s >= self._interval_s
 
-    def _note_term(self, process: _Process, term: int, made_way: bool) -> None:
+    def _note_term(self, process: _Process, term: int, *, made_way: bool) -> None:
         before, process.term = process.term, term
         if term and not before:
             self._journal.event("elected: to lead the cluster", os.getpid(), term, 0)
@@ -348,13 +349,11 @@ class RedisFlagCache:
         if known is not None and known.digest == digest:
             return known
         blob = process.server.definitions()
-        if blob is not None and len(blob) > self._max_bytes:
+        if len(blob) > self._max_bytes:
             raise InvalidDefinitionsError(
                 f"they take {len(blob)} bytes; max_bytes is {self._max_bytes}"
             )
         try:
-            if blob is None:
-                raise DamagedSnapshotError("they are gone")
             return redis_server.unpack(blob, known)
         except DamagedSnapshotError:
             process.server.give_up(digest)  # Then the next fetch has to bring them.

@@ -173,9 +173,9 @@ class RedisServer:
     def digest(self) -> bytes:
         return self._ask(lambda: self._client.hget(self._state, "digest")) or b""
 
-    def definitions(self) -> bytes | None:
-        found: bytes | None = self._ask(lambda: self._client.get(self._definitions))
-        return found
+    def definitions(self) -> bytes:
+        """b"" if they are gone."""
+        return self._ask(lambda: self._client.get(self._definitions)) or b""
 
     def publish(self, what: Publish, blob: bytes) -> tuple[int, int]:
         """(0 if dropped, 1 if unchanged, 2 if published; the generation there is now)."""

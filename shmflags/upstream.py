@@ -16,7 +16,7 @@ upstream as it is; so the client's ETag can be trusted only if what the upstream
 last received. If it has something else, or nothing, the ETag is cleared where it can be, and else the
 fetch must bring a publish, or this worker makes way.
 
-A provider may offer more than PostHog's four methods: `exchange_for_host(host, known, again)`, one
+A provider may offer more than PostHog's four methods: `exchange_for_host(host, known, *, again)`, one
 call instead of two, which returns an `Exchange` and may raise. `host` is the same number for all
 processes that share a page, so that a cluster's lease can stay with a host whose leader changes;
 `known` is what this process holds, to be given back where it is still current; `again` says that it
@@ -169,7 +169,7 @@ class Upstream:
         helper, host, provider = process.helper, page.incarnation, self._provider
         exchange = getattr(provider, "exchange_for_host", None)
         if exchange is not None:
-            return helper.call(lambda: exchange(host, known, again), PATIENCE_S)  # type: ignore[no-any-return]
+            return helper.call(lambda: exchange(host, known, again=again), PATIENCE_S)  # type: ignore[no-any-return]
         return helper.call(lambda: _exchange(helper, provider, again=again), PATIENCE_S)
 
     # -- what the answers mean

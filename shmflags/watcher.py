@@ -19,7 +19,8 @@ class Watcher:
     """A daemon thread that calls `callback()` whenever `notice()` has something new.
 
     `notice` returns None, or what is to be seen: the same thing is reported at once the first
-    time, and then once a second while it lasts. It survives a fork through `restart`.
+    time, and then once a second while it lasts. The thread begins with `start`, and survives a fork
+    through `restart`.
     """
 
     def __init__(
@@ -35,19 +36,30 @@ class Watcher:
         self._on_error = on_error
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._start(settle_s=0.0)
+        self._starting = threading.Lock()
+
+    def start(self) -> None:
+        """Start the thread, unless there is one in this process, or `stop` was called."""
+        if self._thread is None:
+            with self._starting:
+                if self._thread is None and not self._stop.is_set():
+                    self._start(settle_s=0.0)
 
     def restart(self) -> None:
-        """In a forked child, where the parent's thread did not come along: start one."""
+        """In a forked child, where the parent's thread did not come along: start one, if it had one."""
+        parents, self._thread = self._thread, None
+        self._starting = threading.Lock()
         if not self._stop.is_set():
             self._stop = threading.Event()
-            self._start(settle_s=_SETTLE_S)
+            if parents is not None:
+                self._start(settle_s=_SETTLE_S)
 
     def _start(self, settle_s: float) -> None:
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._run, args=(self._stop, settle_s), name="shmflags-watcher", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread
 
     def stop(self) -> None:
         """End the thread; at most a running callback is waited for, and not from within it."""

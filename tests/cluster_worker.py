@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import tempfile
 import threading
 import time
@@ -33,12 +32,12 @@ class Counted:
             self.exchange_for_host = self._exchange
 
     def should_fetch_flag_definitions(self) -> Any:
-        self._note()
+        self._note("ask")
         return self._upstream.should_fetch_flag_definitions()
 
-    def _exchange(self, *arguments: Any) -> Any:
-        self._note()
-        return self._upstream.exchange_for_host(*arguments)
+    def _exchange(self, host: int, known: Any, *, again: bool) -> Any:
+        self._note("look" if again else "ask")
+        return self._upstream.exchange_for_host(host, known, again=again)
 
     def get_flag_definitions(self) -> Any:
         return self._upstream.get_flag_definitions()
@@ -49,9 +48,9 @@ class Counted:
     def shutdown(self) -> Any:
         return self._upstream.shutdown()
 
-    def _note(self) -> None:
+    def _note(self, what: str) -> None:
         with open(self._path, "a") as file:
-            file.write(f"{time.monotonic()} {os.getpid()}\n")
+            file.write(f"{what} {time.monotonic()}\n")
 
 
 class Noting:

@@ -78,9 +78,15 @@ def started(*arguments: object, **keywords: Any) -> Iterator[subprocess.Popen[st
 def line_of(process: subprocess.Popen[str]) -> str:
     """The next line that it prints."""
     assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], LIMIT_S)
-    assert ready, "it printed nothing"
+    wait_readable(process.stdout.fileno())
     return process.stdout.readline()
+
+
+def wait_readable(descriptor: int) -> None:
+    """Not by select(), which knows no descriptor beyond 1023."""
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
+    assert waiting.poll(LIMIT_S * 1000), "nothing was written"
 
 
 def end_of(process: subprocess.Popen[str]) -> Ended:
@@ -323,8 +329,7 @@ def test_watch_on_a_terminal(directory: Path, leader: SharedMemoryFlagCache, col
         ) as process:
             seen = b""
             while seen.count(b"\033[H") < 2:
-                ready, _, _ = select.select([ours], [], [], LIMIT_S)
-                assert ready
+                wait_readable(ours)
                 seen += os.read(ours, 65536)
             process.send_signal(signal.SIGINT)
             assert end_of(process).status == 0

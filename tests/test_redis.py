@@ -1,4 +1,4 @@
-"""`RedisFlagCache` by itself, against a real redis-server: contract, election, wire, forks, failures."""
+"""`RedisFlagCache` by itself, on a real redis-server: contract, election, wire, forks, failures."""
 
 from __future__ import annotations
 
@@ -143,7 +143,9 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], error: type[Exce
 def test_hostile_service_keys_stay_within_their_braces(key: str) -> None:
     """Whatever the service key holds, both names lie in one hash slot, and differ from other keys'."""
     name = state_key(key)
-    assert name.startswith("shmflags:1:{") and name.endswith("}") and name.isascii()
+    assert name.isascii()
+    assert name.startswith("shmflags:1:{")
+    assert name.endswith("}")
     assert name.count("{") == name.count("}") == 1
     assert len({state_key(each) for each in (key, key + "x", "x")}) == 3
 
@@ -415,17 +417,18 @@ def test_the_lease_stays_with_a_host_whose_leader_changes(
 ) -> None:
     """Processes that ask for one host share its lease; each has a term of its own, fenced as ever."""
     before, after, elsewhere = cache(), cache(), cache()
-    assert before.exchange_for_host(7, None, False).fetch is True
+    assert before.exchange_for_host(7, None, again=False).fetch is True
     before.on_flag_definitions_received(made_of("a"))
     pass_time(server_client, 3600)
-    assert before.exchange_for_host(7, None, False).fetch is True
-    assert elsewhere.exchange_for_host(8, None, False).fetch is False
+    assert before.exchange_for_host(7, None, again=False).fetch is True
+    assert elsewhere.exchange_for_host(8, None, again=False).fetch is False
     pass_time(server_client, 3600)
-    assert after.exchange_for_host(7, None, False).fetch is True
+    assert after.exchange_for_host(7, None, again=False).fetch is True
     before.on_flag_definitions_received(made_of("old"))
     assert served(cache()) == ["a"]
     after.on_flag_definitions_received(made_of("new"))
     assert served(cache()) == ["new"]
+    assert (before._held, after._held) == (None, None)  # The host's cache holds them.
 
 
 def test_what_a_host_holds_is_given_back(program: RedisProgram, cache: Caches) -> None:
@@ -434,29 +437,31 @@ def test_what_a_host_holds_is_given_back(program: RedisProgram, cache: Caches) -
     asking = cache()
     _, known = codec.encode(made_of("a"))
     before = program.commands().get("get", 0)
-    exchange = asking.exchange_for_host(7, known, False)
+    exchange = asking.exchange_for_host(7, known, again=False)
     assert exchange.definitions is known.definitions
     assert program.commands().get("get", 0) == before
-    slow = asking.exchange_for_host(7, None, False).definitions
+    slow = asking.exchange_for_host(7, None, again=False).definitions
     assert slow == made_of("a")
     # A host that had given up waiting for it does not wait for it again.
-    assert asking.exchange_for_host(7, None, False).definitions is slow
+    assert asking.exchange_for_host(7, None, again=False).definitions is slow
     assert program.commands()["get"] == before + 1
-    asking.exchange_for_host(7, known, False)
+    asking.exchange_for_host(7, known, again=False)
     assert (asking._held, asking._here().loaded) == (None, None)
 
 
-def test_a_host_that_looks_again_is_no_candidate(cache: Caches) -> None:
+def test_a_host_that_looks_again_is_no_candidate(cache: Caches, server_client: redis.Redis) -> None:
     """Whoever waits for another host's first publish only looks, and is told to fetch no more."""
     leader, other = cache(), cache()
-    assert leader.exchange_for_host(7, None, False).fetch is True
+    assert leader.exchange_for_host(7, None, again=False).fetch is True
     for again in (False, True, True):
-        nothing = other.exchange_for_host(8, None, again)
+        nothing = other.exchange_for_host(8, None, again=again)
         assert (nothing.fetch, nothing.definitions, nothing.digest) == (False, None, b"")
     leader.on_flag_definitions_received(made_of("a"))
-    assert other.exchange_for_host(8, None, True).definitions == made_of("a")
+    assert other.exchange_for_host(8, None, again=True).definitions == made_of("a")
     leader.shutdown()
-    assert other.exchange_for_host(8, None, True).fetch is False
+    pass_time(server_client, 3600)
+    assert other.exchange_for_host(8, None, again=True).fetch is False
+    assert other.exchange_for_host(8, None, again=False).fetch is True
 
 
 # -- clients
@@ -478,14 +483,15 @@ def test_any_client_will_do(program: RedisProgram, cache: Caches, kind: str) -> 
     with clients[kind]() as client:
         first = RedisFlagCache(client, KEY, poll_interval=3600.0)
         second = RedisFlagCache(client, KEY, poll_interval=3600.0)
-        busy = client.connection_pool.get_connection() if kind == "blocking pool" else None
+        busy = client.pubsub()
+        if kind == "blocking pool":
+            busy.subscribe("something")  # That was the pool's only connection.
         publish(first, "a")
         assert second.should_fetch_flag_definitions() is False
         assert served(second) == ["a"]
         first.shutdown()
         second.shutdown()
-        if busy is not None:
-            client.connection_pool.release(busy)
+        busy.close()
         client.flushdb()
 
 
@@ -519,7 +525,7 @@ def test_valkeys_client_is_the_same(program: RedisProgram, cache: Caches) -> Non
 
 
 def test_made_before_a_fork_one_of_all_leads(program: RedisProgram, server_client: redis.Redis) -> None:
-    """A cache made, and used, before a fork leaves one leader; nobody shares the parent's connection."""
+    """A cache made, and used, before a fork leaves one leader; each child connects for itself."""
     worker = Worker()
     try:
         worker.call("make_redis_cache", program.port, 3600.0)
@@ -675,35 +681,31 @@ def test_sentinel_failover(cache: Caches) -> None:
     with (
         RedisProgram() as master,
         RedisProgram("--replicaof", "127.0.0.1", str(master.port)) as replica,
+        SentinelProgram(master.port) as sentinel,
     ):
-        with SentinelProgram(master.port) as sentinel:
-            manager = Sentinel([("127.0.0.1", sentinel.port)], socket_timeout=0.5)
-            wait_until(
-                lambda: len(manager.discover_slaves("flags")) == 1, "Sentinel sees the replica", 30
+        manager = Sentinel([("127.0.0.1", sentinel.port)], socket_timeout=0.5)
+        wait_until(lambda: len(manager.discover_slaves("flags")) == 1, "Sentinel sees the replica", 30)
+        first, second = (
+            RedisFlagCache(
+                manager.master_for("flags", retry=None), KEY, poll_interval=0.4, lease_ttl=2.0
             )
-            first, second = (
-                RedisFlagCache(
-                    manager.master_for("flags", retry=None), KEY, poll_interval=0.4, lease_ttl=2.0
-                )
-                for _ in range(2)
-            )
-            publish(first, "a")
-            assert served(second) == ["a"]
-            with replica.client() as client:
-                wait_until(
-                    lambda: client.hget(state_key(KEY), "digest") is not None, "it is replicated"
-                )
-            master.kill()
-            wait_until(
-                lambda: second.should_fetch_flag_definitions() and second._here().term > 0,
-                "the replica was promoted and elects",
-                40,
-            )
-            second.on_flag_definitions_received(made_of("b"))
-            with replica.client() as client:
-                assert client.hget(state_key(KEY), "generation") == b"2"
-            first.shutdown()
-            second.shutdown()
+            for _ in range(2)
+        )
+        publish(first, "a")
+        assert served(second) == ["a"]
+        with replica.client() as client:
+            wait_until(lambda: client.hget(state_key(KEY), "digest") is not None, "it is replicated")
+        master.kill()
+        wait_until(
+            lambda: second.should_fetch_flag_definitions() and second._here().term > 0,
+            "the replica was promoted and elects",
+            40,
+        )
+        second.on_flag_definitions_received(made_of("b"))
+        with replica.client() as client:
+            assert client.hget(state_key(KEY), "generation") == b"2"
+        first.shutdown()
+        second.shutdown()
 
 
 class SentinelProgram(RedisProgram):
@@ -733,7 +735,7 @@ class SentinelProgram(RedisProgram):
 def test_damaged_definitions_are_replaced(
     cache: Caches, server_client: redis.Redis, damage: str
 ) -> None:
-    """Definitions that are gone or damaged are not served, and the next fetch has to bring them anew."""
+    """Definitions that are gone or damaged are not served; the next fetch has to bring them anew."""
     leader = cache(cold_start_timeout=0.0)
     publish(leader, "a")
     name = f"{state_key(KEY)}:definitions"
@@ -758,7 +760,7 @@ def test_damaged_definitions_are_replaced(
 
 
 def test_evicted_definitions_are_written_again(cache: Caches, server_client: redis.Redis) -> None:
-    """If Redis evicted the definitions and nobody noticed, the next publish writes them, though equal."""
+    """If Redis evicted the definitions unnoticed, the next publish writes them, even if unchanged."""
     leader, newcomer = cache(), cache(cold_start_timeout=0.0)
     publish(leader, "a")
     server_client.delete(f"{state_key(KEY)}:definitions")
@@ -799,17 +801,16 @@ def test_a_full_redis(cache: Caches, server_client: redis.Redis) -> None:
 
 def test_refused_authentication(cache: Caches) -> None:
     """A Redis that wants another password: workers are on their own until it takes theirs."""
-    with RedisProgram() as own:
-        with own.client() as admin:
-            leader = cache(own.port, poll_interval=0.4, lease_ttl=60.0)
-            publish(leader, "a")
-            admin.config_set("requirepass", "other")
-            leader._here().server.close()
-            until_told(leader)
-            assert leader._here().server._error.startswith("AuthenticationError")
-            leader.on_flag_definitions_received(made_of("b"))
-            assert served(leader) == ["b"]
-            admin.execute_command("AUTH", "other")
-            admin.config_set("requirepass", "")
-            follower = cache(own.port, poll_interval=0.4, lease_ttl=60.0)
-            poll_until(lambda: served(follower) == ["b"], "what was fetched is shared", leader)
+    with RedisProgram() as own, own.client() as admin:
+        leader = cache(own.port, poll_interval=0.4, lease_ttl=60.0)
+        publish(leader, "a")
+        admin.config_set("requirepass", "other")
+        leader._here().server.close()
+        until_told(leader)
+        assert leader._here().server._error.startswith("AuthenticationError")
+        leader.on_flag_definitions_received(made_of("b"))
+        assert served(leader) == ["b"]
+        admin.execute_command("AUTH", "other")
+        admin.config_set("requirepass", "")
+        follower = cache(own.port, poll_interval=0.4, lease_ttl=60.0)
+        poll_until(lambda: served(follower) == ["b"], "what was fetched is shared", leader)

@@ -360,13 +360,16 @@ def test_shutdown_ends_it(directory: Path, follower: Watched) -> None:
     follower.cache.shutdown()
 
 
-def test_it_can_be_stopped_by_itself(directory: Path, leader: SharedMemoryFlagCache) -> None:
+def test_it_can_be_stopped_by_itself(
+    directory: Path, leader: SharedMemoryFlagCache, caplog: pytest.LogCaptureFixture
+) -> None:
     """`stop` may be called from within the callback, and twice, and does not come back in a child."""
     watched = Watched(cache_at(directory), callback=lambda: watched.watcher.stop())  # noqa: PLW0108
     watched.poll()
     publish_from_file(directory, definitions(flag("two")))
     wait_until(lambda: not watched.watcher.is_alive, "it has ended")
     assert len(watched.calls_s) == 1
+    assert caplog.text == ""
     watched.watcher.stop()
     pid = os.fork()
     if not pid:

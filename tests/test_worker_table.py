@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -151,24 +153,31 @@ def test_a_recycled_pid_is_another_worker(directory: Path) -> None:
             other.communicate(b"\n", timeout=60)
 
 
-def test_more_real_workers_than_slots_all_work(directory: Path) -> None:
-    """Workers without a slot fetch, publish and load; only status does not see them."""
+@pytest.fixture
+def many(directory: Path) -> Iterator[list[SharedMemoryFlagCache]]:
+    """More caches of one key than the table has slots."""
     caches = [SharedMemoryFlagCache("many", directory=directory) for _ in range(SLOTS + 10)]
-    assert [cache.should_fetch_flag_definitions() for cache in caches] == [True] + [False] * (SLOTS + 9)
-    caches[0].on_flag_definitions_received(definitions(flag("one")))
+    yield caches
     for cache in caches:
+        cache.shutdown()
+    caches.clear()
+    gc.collect()  # Each has mapped the page, and holds a descriptor for it.
+
+
+def test_more_real_workers_than_slots_all_work(many: list[SharedMemoryFlagCache]) -> None:
+    """Workers without a slot fetch, publish and load; only status does not see them."""
+    assert [cache.should_fetch_flag_definitions() for cache in many] == [True] + [False] * (SLOTS + 9)
+    many[0].on_flag_definitions_received(definitions(flag("one")))
+    for cache in many:
         found = cache.get_flag_definitions()
         assert [each["key"] for each in found["flags"]] == ["one"]
-    status = caches[-1].status()
+    status = many[-1].status()
     assert len(status.workers) == SLOTS
     assert any("table of workers is full" in note for note in status.notes)
     # One that was shown leaves, and at its next poll one that was not is.
-    caches[5].shutdown()
-    caches[-1].should_fetch_flag_definitions()
-    assert len(caches[-1].status().workers) == SLOTS
-    for cache in caches:
-        cache.shutdown()
-    assert caches[0].status().workers == ()
+    many[5].shutdown()
+    many[-1].should_fetch_flag_definitions()
+    assert len(many[-1].status().workers) == SLOTS
 
 
 def test_forked_children_have_slots_of_their_own(directory: Path, server: DefinitionsServer) -> None:
@@ -218,13 +227,12 @@ def test_a_worker_that_kept_its_objects_is_current_on_a_new_page(directory: Path
 
 
 def test_a_worker_without_a_slot_needs_no_lock(
-    directory: Path, caplog: pytest.LogCaptureFixture
+    directory: Path, many: list[SharedMemoryFlagCache], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where the table is full, polls of the rest do not wait for the page's lock to find that out."""
-    caches = [SharedMemoryFlagCache("many", directory=directory) for _ in range(SLOTS + 1)]
-    assert [cache.should_fetch_flag_definitions() for cache in caches].count(True) == 1
+    assert [cache.should_fetch_flag_definitions() for cache in many].count(True) == 1
     caplog.clear()
     page = open_existing(locate(directory, "many", os.geteuid()), Host())
     with page.locked():
-        assert not caches[-1].should_fetch_flag_definitions()
+        assert not many[-1].should_fetch_flag_definitions()
     assert caplog.text == ""

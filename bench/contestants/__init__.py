@@ -47,13 +47,26 @@ class Place:
         return asdict(self)
 
 
+_chosen: set[str] = set(_MODULES)
+
+
+def choose(names: list[str]) -> None:
+    """Compare only these. Raises `ValueError` for one that is not there, or not installed."""
+    if unknown := sorted(set(names) - set(available())):
+        raise ValueError(
+            f"no such contestant: {', '.join(unknown)}; there are {', '.join(available())}"
+        )
+    _chosen.intersection_update(names)
+
+
 def available() -> list[str]:
-    """The contestants whose tools are installed."""
+    """The contestants whose tools are installed, unless others were chosen."""
     needs = {"lmdb": "lmdb", "diskcache": "diskcache", "redis": "redis"}
     return [
         name
         for name in _MODULES
-        if (name not in needs or importlib.util.find_spec(needs[name]) is not None)
+        if name in _chosen
+        and (name not in needs or importlib.util.find_spec(needs[name]) is not None)
         and (name != "redis" or redis_server.is_installed())
     ]
 

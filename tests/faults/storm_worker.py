@@ -20,7 +20,7 @@ from tests.faults.harness import KEY, Ear, stamp_of, stamped
 
 INTERVAL_S = 0.02
 LEASE_S = 0.4
-LATENCY_S = 0.015  # an answer takes up to this long
+LATENCY_S = 0.03  # an answer takes up to this long
 FLAGS, PADDING = 30, 600  # some 20 KB: several pages of memory, so that a torn read would show
 
 NOTHING, SEEN, FETCHED = range(3)

@@ -149,6 +149,18 @@ def test_an_older_file_in_its_place(scene: Scene, name: str, state: str) -> None
     scene.survive(lambda: scene.put(name, content), running=state == "running")
 
 
+def test_an_older_snapshot_is_not_served(scene: Scene) -> None:
+    """A worker that comes while an old snapshot lies there is given nothing rather than that."""
+    content = scene.path("snapshot").read_bytes()
+    scene.api.change()
+    scene.settle()
+    scene.put("snapshot", content)
+    found = scene.start(1)[0].cache.get_flag_definitions()
+    assert not found or not found["flags"]
+    scene.settle()
+    scene.assert_sound()
+
+
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", FILES)
 def test_a_sparse_terabyte(scene: Scene, name: str, state: str) -> None:

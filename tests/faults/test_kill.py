@@ -48,11 +48,15 @@ _PACKAGE = os.path.dirname(shmflags.__file__) + os.sep
 
 
 class Stepper:
-    """Counts the steps of what runs while it traces, and kills this process at step `last`."""
+    """Counts the steps of what runs while it traces, and kills this process at one of them.
 
-    def __init__(self, last: int | None) -> None:
+    That is step `last`, or the return from the system call `after`.
+    """
+
+    def __init__(self, last: int | None = None, *, after: str = "") -> None:
         self.steps = 0
         self._last = last
+        self._after = after
 
     def run(self, action: Callable[[], object]) -> None:
         sys.settrace(self._enter)
@@ -77,6 +81,8 @@ class Stepper:
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if event in ("c_call", "c_return") and argument.__name__ in CHANGING_CALLS:
             self._step()
+            if event == "c_return" and argument.__name__ == self._after:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def _step(self) -> None:
         self.steps += 1
@@ -100,7 +106,7 @@ def steps_of(victim: Victim) -> int:
     if pid == 0:
         try:
             victim.prepare()
-            stepper = Stepper(None)
+            stepper = Stepper()
             stepper.run(victim.act)
             os.write(writer, str(stepper.steps).encode())
         finally:
@@ -387,3 +393,34 @@ def test_killed_at_every_step(directory: Path, ear: Ear, action: type[Victim]) -
         shutil.rmtree(victim.base)
     # Waiting takes more steps one time than another, so the last ones may not be reached.
     assert killed >= steps * 3 // 4
+
+
+def test_killed_between_the_file_and_the_page(directory: Path, ear: Ear) -> None:
+    """A publish that only the file knows of is one: what was fetched before it is dropped."""
+    api = Api()
+    slow, quick = (
+        Poller(directory, api, poll_interval=INTERVAL_S, lease_ttl=2 * INTERVAL_S, cold_start_timeout=0.0)
+        for _ in range(2)
+    )
+    assert slow.cache.should_fetch_flag_definitions()
+    old = api.fetch(None)
+    api.change()
+
+    def publish_and_die() -> None:
+        _until_granted(quick)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            Stepper(after="replace").run(publish_and_die)
+        finally:
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert stamp_on_disk(directory) == 2
+    assert not control_page(directory).is_serving()
+
+    slow.cache.on_flag_definitions_received(old)
+    found = slow.cache.get_flag_definitions()
+    assert found is not None
+    assert stamp_of(found) == 2
+    assert ear.heard("dropped: what was fetched, as something newer was published")

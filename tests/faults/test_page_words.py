@@ -11,7 +11,7 @@ import pytest
 from shmflags.page import PAGE_BYTES
 from shmflags.processes import Host
 from tests.faults.fuzz_target import check_page
-from tests.faults.harness import Ear, page_words
+from tests.faults.harness import Ear, control_page, page_words
 from tests.faults.scene import RealLiveness, Scene
 
 HOUR_NS = 3600 * 10**9
@@ -85,3 +85,5 @@ def test_a_worker_table_full_of_garbage(scene: Scene, value: int) -> None:
     for newcomers in (0, 2):
         scene.survive(damage, running=True, newcomers=newcomers)
     scene.survive(damage, running=False)
+    listed = {worker.token for worker in control_page(scene.base).workers.rows()}
+    assert {poller.cache._me().token for poller in scene.group} <= listed

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from shmflags.page import ControlPage
 from tests.faults import storm_worker
 from tests.faults.harness import (
     Api,
@@ -28,6 +29,7 @@ from tests.faults.storm_worker import FETCHED, INTERVAL_S, LEASE_S, SEEN, Note, 
 
 WORKERS = 8
 MOST_STOPPED = 3
+LONGEST_STOP_S = 2.5
 TICK_S = 0.002
 SLACK_S = 1.0  # of a busy machine
 SECOND_NS = 1_000_000_000
@@ -42,12 +44,22 @@ class Contender:
     process: multiprocessing.process.BaseProcess
     record: Path
     stopped_ns: int = 0
+    resume_ns: int = 0
     holds_lock: bool = False
 
     @property
     def pid(self) -> int:
         assert self.process.pid is not None
         return self.process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            self.process.join(60)
+            errors = self.record.with_suffix(".errors")
+            detail = errors.read_text() if errors.exists() else ""
+            raise AssertionError(f"a worker ended with {self.process.exitcode}\n{detail}") from None
 
 
 @dataclass
@@ -79,8 +91,11 @@ class Storm:
             if granted and (not self.grants_ns or granted != self.grants_ns[-1]):
                 self.grants_ns.append(granted)
             if last >= next_blow:
-                self._strike(pick, page.lease().holder.pid)
+                self._strike(pick, page)
                 next_blow = last + int(pick.uniform(0.02, 0.15) * SECOND_NS)
+            for contender in self.group:
+                if 0 < contender.resume_ns <= last:
+                    self._resume(contender)
             time.sleep(TICK_S)
             now = time.monotonic_ns()
             if now - last > 10 * TICK_S * SECOND_NS:
@@ -102,28 +117,45 @@ class Storm:
             assert time.monotonic() < end, "the workers did not start"
             time.sleep(TICK_S)
 
-    def _strike(self, pick: random.Random, leader: int) -> None:
-        targets = [one for one in self.group if one.pid == leader]
-        target = pick.choice(targets if targets and pick.random() < 0.5 else self.group)
-        stopped = [one for one in self.group if one.stopped_ns]
+    def _strike(self, pick: random.Random, page: ControlPage) -> None:
+        target = pick.choice(self.group)
+        if pick.random() < 0.6:
+            target = self._process(page.lease().holder.pid) or target
         what = pick.random()
-        if what < 0.25:
+        if what < 0.3:
             self._kill(target)
             self._start()
-        elif what < 0.6 and len(stopped) < MOST_STOPPED and not target.stopped_ns:
-            # Now and then not at any moment, but at one in which it holds the lock, if it can be had.
-            for _ in range(50 if pick.random() < 0.2 else 1):
-                self._stop(target)
-                if target.holds_lock:
-                    break
-                self._resume(target)
+        elif sum(one.stopped_ns > 0 for one in self.group) < MOST_STOPPED and not target.stopped_ns:
+            if what < 0.4:
+                self._stop_holding_the_lock(target)
             else:
-                self._stop(target)
-        elif stopped:
-            self._resume(pick.choice(stopped))
+                self._stop((what < 0.7 and self._who_fetches(page)) or target)
+            for one in self.group:
+                if one.stopped_ns and not one.resume_ns:
+                    pause_ns = int(pick.uniform(0.0, LONGEST_STOP_S) * SECOND_NS)
+                    one.resume_ns = one.stopped_ns + pause_ns
+
+    def _process(self, pid: int) -> Contender | None:
+        return next((one for one in self.group if one.pid == pid and not one.stopped_ns), None)
+
+    def _who_fetches(self, page: ControlPage) -> Contender | None:
+        """Whoever is granted a fetch next, as soon as it is, if that is soon."""
+        before, end = page.grant().at_ns, time.monotonic() + 5 * INTERVAL_S
+        while page.grant().at_ns == before and time.monotonic() < end:
+            time.sleep(0)
+        return self._process(page.grant().holder.pid)
+
+    def _stop_holding_the_lock(self, target: Contender) -> None:
+        """Not at any moment, but at one in which it holds the lock, if it can be had."""
+        for _ in range(50):
+            self._stop(target)
+            if target.holds_lock:
+                return
+            self._resume(target)
+        self._stop(target)
 
     def _kill(self, target: Contender) -> None:
-        os.kill(target.pid, signal.SIGKILL)
+        target.signal(signal.SIGKILL)
         self._note_held(target)
         target.process.join(60)
         assert target.process.exitcode == -signal.SIGKILL, f"it had ended: {target.process.exitcode}"
@@ -131,7 +163,7 @@ class Storm:
         self.done["killed while stopped" if target.stopped_ns else "killed"] += 1
 
     def _stop(self, target: Contender) -> None:
-        os.kill(target.pid, signal.SIGSTOP)
+        target.signal(signal.SIGSTOP)
         while _state(target.pid) not in "TtZ":
             time.sleep(0)
         target.stopped_ns = time.monotonic_ns()
@@ -140,9 +172,9 @@ class Storm:
         self.done["stopped holding the lock"] += target.holds_lock
 
     def _resume(self, target: Contender) -> None:
-        os.kill(target.pid, signal.SIGCONT)
+        target.signal(signal.SIGCONT)
         self._note_held(target)
-        target.stopped_ns = 0
+        target.stopped_ns = target.resume_ns = 0
         self.done["resumed"] += 1
 
     def _note_held(self, target: Contender) -> None:
@@ -236,8 +268,8 @@ def test_storm(request: pytest.FixtureRequest, directory: Path, tmp_path: Path, 
     storm = Storm(directory, tmp_path, seed)
     try:
         storm.blow(seconds)
-        granted = control_page(directory).counters()["granted"]
-        takeovers = control_page(directory).counters()["takeovers"]
+        counters = control_page(directory).counters()
+        granted, takeovers = counters["granted"], counters["takeovers"]
     finally:
         storm.end()
     errors = [path.read_text() for path in tmp_path.glob("*.errors")]
@@ -254,9 +286,9 @@ def test_storm(request: pytest.FixtureRequest, directory: Path, tmp_path: Path, 
         for a, b in pairwise(storm.grants_ns)
     ]
     print(
-        f"\nseed {seed}, {seconds:g} s: {dict(storm.done)}; granted {granted}, published"
-        f" {len(published)}, takeovers {takeovers}, generations to be seen {possible}, longest time"
-        f" without a grant {max(b for _, b in gaps):.2f} s, {max(a for a, _ in gaps):.2f} s unexcused"
+        f"\nseed {seed}, {seconds:g} s: {dict(storm.done)}; {counters}; seen {len(published)}, to be seen"
+        f" {possible}; longest time without a grant {max(b for _, b in gaps):.2f} s,"
+        f" {max(a for a, _ in gaps):.2f} s unexcused"
     )
     assert max(gaps)[0] <= LEASE_S + INTERVAL_S + SLACK_S
 
@@ -264,6 +296,7 @@ def test_storm(request: pytest.FixtureRequest, directory: Path, tmp_path: Path, 
     assert storm.done["killed"] >= seconds
     assert storm.done["stopped"] >= seconds
     assert takeovers >= seconds / 2
+    assert counters["dropped"] > 0
     assert len(published) >= seconds
     assert possible >= WORKERS * seconds
 

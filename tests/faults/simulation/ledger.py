@@ -76,6 +76,8 @@ class Ledger(Shared):
         # Published under the lock of a page that was lost meanwhile; the next page may adopt it.
         self.lost_commits = 0
         self.newest_stamp = -1
+        # The incarnation of the page on which that was published or confirmed.
+        self.newest_page = 0
         self.positions: dict[Position, Published] = {}
         self.requests = 0
         self.grants = 0
@@ -198,7 +200,7 @@ class Ledger(Shared):
         if task.publishing is not None:
             stamp = task.publishing.stamp
             if self._page(task.process) is not None:
-                self._commit(task.publishing, f"published as {_name(header.position)}")
+                self._commit(task.publishing, header.position, "published")
             else:
                 self.lost_commits += 1
                 self.world.note(f"published into the void: {_name(header.position)}, stamp {stamp}")
@@ -206,9 +208,9 @@ class Ledger(Shared):
             held = self.positions.get(task.restoring)
             stamp = held.stamp if held is not None else -1
             self.world.note(f"wrote stamp {stamp} again as {_name(header.position)}")
-            missed_a_page = self.losses - task.process.losses_seen > 1
+            missed_a_page = self.newest_page not in (0, *task.process.pages)
             if missed_a_page or (held is not None and not held.in_order):
-                # A page that this process never saw was made, written and lost since its last poll.
+                # It was published on a page that came and went while this process did not look.
                 in_order = False
             elif stamp < self.newest_stamp:
                 self.world.fail(
@@ -221,12 +223,14 @@ class Ledger(Shared):
     def note_unchanged(self, position: Position) -> None:
         """A fetch was accepted that brought what stands at `position`."""
         fetch = self.world.running().publishing
-        self._commit(fetch, f"confirmed {_name(position)}")
+        self._commit(fetch, position, "confirmed")
         if position in self.positions:
             self.positions[position].stamp = max(self.positions[position].stamp, fetch.stamp)
 
-    def _commit(self, fetch: Fetch, what: str) -> None:
-        self.world.note(f"{what}: stamp {fetch.stamp}, granted at {fetch.commits} commits")
+    def _commit(self, fetch: Fetch, position: Position, what: str) -> None:
+        self.world.note(
+            f"{what}: stamp {fetch.stamp} at {_name(position)}, granted at {fetch.commits} commits"
+        )
         if not fetch.granted:
             # Fetched without a grant, as there was no cache to be had; published as nothing is served.
             self.newest_stamp = min(self.newest_stamp, fetch.stamp)
@@ -239,6 +243,7 @@ class Ledger(Shared):
                 f"forward: stamp {fetch.stamp} was accepted after stamp {self.newest_stamp}"
             )
         self.commits += 1
+        self.newest_page = position.incarnation
         self.newest_stamp = max(self.newest_stamp, fetch.stamp)
 
     # -- definitions out
@@ -290,7 +295,6 @@ class Ledger(Shared):
         page = self._page(process)
         if page is None:
             return None
-        process.losses_seen = self.losses
         lease = page.lease()
         holder = lease.holder
         key = (holder.pid, holder.start_ticks, holder.pid_namespace)

@@ -37,6 +37,7 @@ class WatchedPage(page.ControlPage):
         directory, host, words, inode = arguments
         super().__init__(directory, host, SteppedWords(world, words), inode)  # type: ignore[arg-type]
         self._ledger = ledger
+        world.process().pages.add(words[1])
 
     @property
     def quiet(self) -> page.ControlPage:

@@ -41,7 +41,6 @@ class Workers:
         reads = plan.readers and not leads and self._random.random() < 0.3
         namespace = 1 + (plan.two_namespaces and self._random.random() < 0.5)
         process = world.make_process(namespace)
-        process.losses_seen = self._ledger.losses
         attached = plan.attached == "all" or (plan.attached == "some" and self._random.random() < 0.5)
         watched = attached and self._random.random() < 0.5
         cache = SharedMemoryFlagCache(
@@ -80,7 +79,7 @@ class Workers:
         child = world.make_process(parent.namespace, parent)
         child.inherit_files(parent)
         child.handed_stamp = parent.handed_stamp
-        child.losses_seen = parent.losses_seen
+        child.pages = set(parent.pages)
         memo: dict[int, object] = {id(parent): child}
         child.cache, child.client = copy.deepcopy((parent.cache, parent.client), memo)
         self._ledger.note_fork(memo)

@@ -56,8 +56,8 @@ class Process(Shared):
         self.files: dict[int, tuple[int, Description]] = {}
         # The stamp of the newest publication that its cache has handed out.
         self.handed_stamp = -1
-        # How many losses of the page there were when it last began a poll with the page in place.
-        self.losses_seen = 0
+        # The incarnations of the pages that it has mapped, ever.
+        self.pages: set[int] = set()
         self._numbers = itertools.count(3)
 
     @property

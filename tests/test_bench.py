@@ -1,0 +1,174 @@
+"""The benchmarks run, and print what the README quotes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import data, frame, report
+from bench.contestants import TITLES
+from bench.frame import OURS, Goal, Measurement, Results, Row
+from tests.support import require_program
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "results.json"
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "NO_PROXY": "*"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("question", "contestants", "rows"),
+    [
+        ("poll", "shmflags,sdk,file", ["the SDK's whole poll, nothing changed, 100 flags, attached"]),
+        ("publish", "shmflags,file", ["publish, one flag of 1,000 changed", "json.dumps"]),
+        ("import_time", "shmflags", ["import shmflags", "import posthog"]),
+        ("worker_startup", "shmflags,sdk", ["requests until 8 workers have flags", "p99"]),
+        ("memory", "shmflags,sdk", ["client loaded before the fork, gc.freeze()"]),
+        ("propagation", "shmflags", ["from a change at the API to all 8 workers"]),
+        ("failover", "shmflags", ["from the leader's SIGKILL to new flags in all others"]),
+        (
+            "growth",
+            "shmflags",
+            ["the SDK's whole poll, nothing changed, 10 flags", "poll among 4 workers"],
+        ),
+    ],
+)
+def test_each_question_is_answered(
+    tmp_path: Path, question: str, contestants: str, rows: list[str]
+) -> None:
+    """A quick run prints the question's rows and writes the same measurements as JSON."""
+    told = ["--quick", "--only", question, "--contestants", contestants, "--into", os.fspath(tmp_path)]
+    done = bench(*told)
+    assert frame.question(question).TITLE in done.stdout
+    for row in rows:
+        assert row in done.stdout
+    assert "Measured on" in done.stdout
+    assert f"{question}: " in done.stderr
+    results, around = report.from_json((tmp_path / "results.json").read_text())
+    assert around["quick"] is True
+    assert around["versions"]["posthog"]
+    assert {found.question for found in results} == {question}
+    assert {found.contestant for found in results} >= set(contestants.split(","))
+    assert all(found.samples for found in results)
+    again = bench("--only", question, "--from", os.fspath(tmp_path / "results.json"))
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.parametrize("contestant", ["redis", "lmdb", "diskcache"])
+def test_each_rival_takes_part(tmp_path: Path, contestant: str) -> None:
+    """The alternatives are real: each publishes, is read, and costs more than nothing."""
+    if contestant == "redis":
+        require_program("redis-server")
+    else:
+        pytest.importorskip(contestant)
+    told = ["--quick", "--only", "publish,poll", "--contestants", f"shmflags,{contestant}"]
+    done = bench(*told, "--into", os.fspath(tmp_path), "--json")
+    results = Results(
+        Measurement(**{**found, "samples": tuple(found["samples"])})
+        for found in json.loads(done.stdout)["measurements"]
+    )
+    for question, case in (
+        ("poll", "client"),
+        ("poll", "calls"),
+        ("poll", "change"),
+        ("publish", "publish"),
+    ):
+        medians = results.medians(question, case, flags=100 if question == "poll" else 1000)
+        assert medians[contestant] > 0
+        assert medians[OURS] > 0
+
+
+@pytest.mark.parametrize("preload", ["--preload", "--no-preload"])
+def test_worker_startup_takes_your_definitions(tmp_path: Path, preload: str) -> None:
+    """`python -m bench worker_startup` starts so many workers with a file of definitions."""
+    path = tmp_path / "definitions.json"
+    path.write_text(json.dumps({"flags": data.make(20)["flags"]}))
+    told = ["--definitions", os.fspath(path), "--workers", "3", "--latency", "0.05", "--rounds", "1"]
+    done = bench("worker_startup", *told, preload)
+    assert "3 workers, 20 flags" in done.stdout
+    lines = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()[2:]}
+    assert list(lines) == ["shmflags", "SDK alone"]
+    assert lines["shmflags"][1] == "1"
+    assert lines["SDK alone"][2] == ("1" if preload == "--preload" else "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "speed"], "no such question: speed; there are poll"),
+        (["--contestants", "memcached"], "no such contestant: memcached; there are shmflags"),
+        (["worker_startup", "--contestants", "x"], "no such contestant: x; there are shmflags"),
+    ],
+    ids=["question", "contestant", "startup"],
+)
+def test_what_there_is_not_is_named(arguments: list[str], message: str) -> None:
+    """A question or contestant that does not exist is refused, with those that do."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_the_definitions_are_the_same_everywhere() -> None:
+    """Definitions have 1.2 KB of JSON a flag, a fifth as many cohorts, and depend on nothing but their number."""
+    made = data.make(1000)
+    assert made == data.make(1000)
+    assert made != data.make(1000, seed=2)
+    assert 1150 < len(json.dumps(made)) / 1000 < 1250
+    assert len(made["cohorts"]) == 200
+    assert len({flag["key"] for flag in made["flags"]}) == 1000
+    changed = data.with_one_flag_changed(made, 3)
+    differing = [old for old, new in zip(made["flags"], changed["flags"], strict=True) if old != new]
+    assert len(differing) == 1
+    assert changed["cohorts"] == made["cohorts"]
+
+
+def test_goals_and_ratios() -> None:
+    """A goal is met, missed or not measured; a ratio says how many times ours the other takes."""
+    row = Row("a poll", "s", {OURS: 0.0625, "lmdb": 125.0}, {"json.dumps": 0.125})
+    assert Goal(limit=0.0625).is_met(row) is True
+    assert Goal(limit=0.0624).is_met(row) is False
+    assert Goal(times=2000, than="lmdb").is_met(row) is True
+    assert Goal(times=2001, than="lmdb").is_met(row) is False
+    assert Goal(times=2, than="json.dumps").is_met(row) is True
+    assert Goal(times=2, than="redis").is_met(row) is None
+    assert report._cell(row, OURS) == "62 ms"
+    assert report._cell(row, "lmdb") == "125 s (2,000x)"
+    measured = Measurement("poll", "client", OURS, "s", tuple(float(n) for n in range(1, 101)))
+    assert (measured.median(), measured.percentile(50), measured.percentile(99)) == (50.5, 50, 99)
+
+
+def test_the_readme_quotes_the_results() -> None:
+    """What stands in the README is what the bench prints from the results that lie beside it."""
+    readme = (ROOT / "README.md").read_text()
+    if "<!-- bench -->" in readme:
+        pytest.skip("the README has no benchmarks yet")
+    printed = bench("--markdown", "--from", os.fspath(RESULTS)).stdout
+    assert printed in readme
+    results, around = report.from_json(RESULTS.read_text())
+    assert around["quick"] is False
+    assert {found.contestant for found in results} >= set(TITLES)
+    for line in printed.splitlines():
+        if line.startswith("!["):
+            assert (ROOT / line.partition("](")[2].rstrip(")")).is_file()
