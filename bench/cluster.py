@@ -162,6 +162,8 @@ def _provider(name: str) -> Any:
         "bench",
         directory=_place["directory"],
         poll_interval=_POLL_INTERVAL_S,
+        # A hundred interpreters that start on a few cores are slower than any API.
+        cold_start_timeout=_PATIENCE_S,
         upstream=RedisFlagCache(client, "bench", poll_interval=_POLL_INTERVAL_S),
     )
 

@@ -9,24 +9,25 @@ from __future__ import annotations
 import copy
 import json
 import random
+import uuid
 from typing import Any
 
-_WORDS = (
-    "account alert annual api archive audit avatar backup badge banner basket batch beta billing board "
-    "budget cache calendar campaign card catalog chart chat checkout client cohort comment compact "
-    "contact coupon credit dark dashboard data default delivery desktop digest discount draft editor "
-    "email event export express feed filter form forum gallery guest guide header history home import "
-    "inbox index insight invite invoice label language layout legacy limit link list locale login map "
-    "market member menu message metric migration mobile model monthly native news note offer onboarding "
-    "order page panel partner payment phone plan player popup premium preview price profile project "
-    "promo queue quota rating receipt refund region reminder report retry review role rollout route "
-    "sandbox schedule search segment session settings shipping sidebar signup sort sources staff status "
-    "stock store stream survey sync table tags team template theme ticket timeline toggle token tour "
-    "trial upload usage vendor video wallet webhook widget wizard workflow workspace"
-).split()
-_COUNTRIES = (
-    "AT AU BE BR CA CH CZ DE DK ES FI FR GB IE IN IT JP KR MX NL NO NZ PL PT SE SG US ZA".split()
-)
+_WORDS = """
+    account alert annual api archive audit avatar backup badge banner basket batch beta billing board
+    budget cache calendar campaign card catalog chart chat checkout client cohort comment compact
+    contact coupon credit dark dashboard data default delivery desktop digest discount draft editor
+    email event export express feed filter form forum gallery guest guide header history home import
+    inbox index insight invite invoice label language layout legacy limit link list locale login map
+    market member menu message metric migration mobile model monthly native news note offer onboarding
+    order page panel partner payment phone plan player popup premium preview price profile project
+    promo queue quota rating receipt refund region reminder report retry review role rollout route
+    sandbox schedule search segment session settings shipping sidebar signup sort sources staff status
+    stock store stream survey sync table tags team template theme ticket timeline toggle token tour
+    trial upload usage vendor video wallet webhook widget wizard workflow workspace
+""".split()
+_COUNTRIES = """
+    AT AU BE BR CA CH CZ DE DK ES FI FR GB IE IN IT JP KR MX NL NO NZ PL PT SE SG US ZA
+""".split()
 _PLANS = ["free", "starter", "team", "business", "enterprise"]
 
 
@@ -93,8 +94,7 @@ def _flag(number: int, cohort_count: int, chance: random.Random) -> dict[str, An
 def _group(cohort_count: int, chance: random.Random) -> dict[str, Any]:
     return {
         "variant": None,
-        "sort_key": "%08x-%04x-4%03x-a%03x-%012x"
-        % tuple(chance.getrandbits(bits) for bits in (32, 16, 12, 12, 48)),
+        "sort_key": str(uuid.UUID(int=chance.getrandbits(128), version=4)),
         "properties": [_property(cohort_count, chance) for _ in range(chance.choice((0, 1, 2, 2, 3)))],
         "rollout_percentage": chance.choice((100, 100, 50, 25, 10, chance.randint(0, 100))),
     }

@@ -31,7 +31,7 @@ def prepare(contestant: str) -> None:
 
     from bench import contestants, roles
 
-    assert posthog and roles
+    assert all((posthog, roles))
     contestants.module(contestant)
 
 
@@ -44,7 +44,7 @@ def freeze() -> None:
 def fork(count: int) -> None:
     """Fork workers, which wait to be called."""
     for _ in range(count):
-        _workers.append(_fork_one())
+        _workers.append(_fork_one())  # noqa: PERF401: each closes those that are in the list
 
 
 def _fork_one() -> _Worker:

@@ -101,5 +101,5 @@ def plots(results: Results) -> list[Plot]:
             "µs",
             {OURS: among_workers},
             log_y=False,
-        ),  # fmt: skip
+        ),
     ]

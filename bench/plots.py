@@ -32,20 +32,20 @@ def draw(results: Results, questions: Iterable[str], directory: Path) -> list[Pa
     if not plots:
         return []
     try:
-        import matplotlib
+        import matplotlib as mpl
     except ModuleNotFoundError:
         print("matplotlib is not installed, so there are no plots", file=sys.stderr)
         return []
-    matplotlib.use("svg")
+    mpl.use("svg")
     # Text as text, and the same numbers give the same file.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 11})
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 11})
     return [_draw(plot, directory / f"{plot.name}.svg") for plot in plots]
 
 
 def _draw(plot: Plot, path: Path) -> Path:
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    figure, axes = plt.subplots(figsize=(7, 4.2))
     for name, points in plot.lines.items():
         across, up = [x for x, _ in points], [y for _, y in points]
         contestant = name.partition(" ")[0]
@@ -72,5 +72,5 @@ def _draw(plot: Plot, path: Path) -> Path:
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    plt.close(figure)
     return path

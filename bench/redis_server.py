@@ -20,7 +20,9 @@ def version() -> str:
     """What `redis-server --version` says of itself, "" if there is none."""
     if not is_installed():
         return ""
-    text = subprocess.run(["redis-server", "--version"], capture_output=True, text=True).stdout
+    text = subprocess.run(
+        ["redis-server", "--version"], capture_output=True, text=True, check=True
+    ).stdout
     return next((word[2:] for word in text.split() if word.startswith("v=")), "")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import importlib.metadata
 import json
 import os
@@ -30,7 +30,7 @@ def surroundings() -> dict[str, Any]:
     if server := redis_server.version():
         versions["redis-server"] = server
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d"),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb()} GB, {platform.system()}",
         "versions": versions,
     }
@@ -78,7 +78,7 @@ def markdown(results: Results, questions: Iterable[str], around: Mapping[str, An
     for name in questions:
         for row in frame.question(name).rows(results):
             if row.in_readme and row.values:
-                cells = [_cell(row, contestant) or "–" for contestant in TITLES]
+                cells = [_cell(row, contestant) or "-" for contestant in TITLES]
                 cells[0] = f"**{cells[0]}**"
                 what = "; ".join([row.what, *_beside(row)])
                 lines.append(f"| {what} | " + " | ".join(cells) + " |")

@@ -8,6 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench import contestants, data
@@ -16,11 +17,19 @@ _GRANT_PATIENCE_S = 30.0
 LONG_S = 3600.0
 """A poll interval within which nothing falls due."""
 
-_provider: Any = None
-_variants: list[dict[str, Any]] = []
-_client: Any = None
-_held: Any = None
-_told_to_fetch_s = 0.0
+
+@dataclass
+class _Here:
+    """What this process has, from one call to the next."""
+
+    provider: Any = None
+    variants: list[dict[str, Any]] = field(default_factory=list)
+    client: Any = None
+    held: Any = None
+    told_to_fetch_s: float = 0.0  # CLOCK_MONOTONIC
+
+
+_here = _Here()
 
 
 def samples(function: Callable[[], object], runs: int, *, warm_up: int = 1) -> list[float]:
@@ -51,49 +60,47 @@ def batches(function: Callable[[], object], runs: int, calls: int) -> list[float
 
 def open_provider(contestant: str, place: dict[str, str], poll_interval_s: float = LONG_S) -> None:
     """Make this process's provider."""
-    global _provider
-    _provider = contestants.make(contestant, place, poll_interval_s)
-    if _provider is not None:
-        _note_answers(_provider)
+    _here.provider = contestants.make(contestant, place, poll_interval_s)
+    if _here.provider is not None:
+        _note_answers(_here.provider)
 
 
 def _note_answers(provider: Any) -> None:
     ask = provider.should_fetch_flag_definitions
 
     def noting() -> bool:
-        global _told_to_fetch_s
         answer: bool = ask()
         if answer:
-            _told_to_fetch_s = time.monotonic()
+            _here.told_to_fetch_s = time.monotonic()
         return answer
 
     provider.should_fetch_flag_definitions = noting
 
 
 def last_told_to_fetch() -> float:
-    """When this process's provider last answered that it should fetch, CLOCK_MONOTONIC; 0 if never."""
-    return _told_to_fetch_s
+    """When our provider last answered that we should fetch, CLOCK_MONOTONIC; 0 if never."""
+    return _here.told_to_fetch_s
 
 
 def publish_first(flags: int) -> None:
     """Lead, and publish definitions with so many flags. Raises `RuntimeError` if somebody else leads."""
     _wait_for_grant()
-    _provider.on_flag_definitions_received(data.make(flags))
+    _here.provider.on_flag_definitions_received(data.make(flags))
 
 
 def prepare_variants(flags: int, count: int) -> None:
     """Have other answers of the API at hand, each with one flag changed."""
     base = data.make(flags)
-    _variants[:] = [data.with_one_flag_changed(base, number) for number in range(count)]
+    _here.variants[:] = [data.with_one_flag_changed(base, number) for number in range(count)]
     gc.collect()
 
 
 def publish_variant(number: int) -> float:
     """Publish one of them; the seconds that the provider's call took."""
     _wait_for_grant()
-    variant = _variants[number % len(_variants)]
+    variant = _here.variants[number % len(_here.variants)]
     start = time.perf_counter()
-    _provider.on_flag_definitions_received(variant)
+    _here.provider.on_flag_definitions_received(variant)
     return time.perf_counter() - start
 
 
@@ -104,7 +111,7 @@ def dump_variants(flags: int, count: int, runs: int) -> list[float]:
     prepare_variants(flags, count)
     found = []
     for number in range(runs):
-        variant = _variants[number % len(_variants)]
+        variant = _here.variants[number % len(_here.variants)]
         start = time.perf_counter()
         text = json.dumps(variant)
         found.append(time.perf_counter() - start)
@@ -114,23 +121,21 @@ def dump_variants(flags: int, count: int, runs: int) -> list[float]:
 
 def follow(flags: int) -> None:
     """Read as a follower, once. Raises `RuntimeError` if that is not what we are, or it is wrong."""
-    global _held
-    if _provider.should_fetch_flag_definitions():
+    if _here.provider.should_fetch_flag_definitions():
         raise RuntimeError("this process was to follow, and is told to fetch")
-    _held = _provider.get_flag_definitions()
-    if _held is None or len(_held["flags"]) != flags:
+    _here.held = _here.provider.get_flag_definitions()
+    if _here.held is None or len(_here.held["flags"]) != flags:
         raise RuntimeError("the follower did not get what was published")
 
 
 def timed_read() -> float:
     """The seconds that `get_flag_definitions` takes; what was read before is freed afterwards."""
-    global _held
     start = time.perf_counter()
-    found = _provider.get_flag_definitions()
+    found = _here.provider.get_flag_definitions()
     seconds = time.perf_counter() - start
-    if found is None or found == _held:
+    if found is None or found == _here.held:
         raise RuntimeError("there was to be something new to read")
-    _held = found
+    _here.held = found
     return seconds
 
 
@@ -138,10 +143,10 @@ def timed_first_read(flags: int) -> float:
     """The same for the first read of a process that has polled once and knows that it follows."""
     import posthog  # As in any worker: its objects are what the collector walks through.
 
-    if posthog and _provider.should_fetch_flag_definitions():
+    if posthog and _here.provider.should_fetch_flag_definitions():
         raise RuntimeError("this process was to follow, and is told to fetch")
     start = time.perf_counter()
-    found = _provider.get_flag_definitions()
+    found = _here.provider.get_flag_definitions()
     seconds = time.perf_counter() - start
     if found is None or len(found["flags"]) != flags:
         raise RuntimeError("the first read did not bring what was published")
@@ -152,37 +157,36 @@ def time_calls(runs: int, calls: int) -> list[float]:
     """Seconds per poll that the provider's two calls take while nothing changes."""
 
     def poll() -> None:
-        if _provider.should_fetch_flag_definitions():
+        if _here.provider.should_fetch_flag_definitions():
             raise RuntimeError("no fetch was to be due")
-        _provider.get_flag_definitions()
+        _here.provider.get_flag_definitions()
 
     return batches(poll, runs, calls)
 
 
 def open_client(url: str, flags: int, *, poll_interval_s: float = LONG_S, attach: bool = True) -> None:
     """Make a client with this process's provider, and load its flags."""
-    global _client
     from posthog import Posthog
 
     logging.getLogger("posthog").setLevel(logging.ERROR)
-    _client = Posthog(
+    _here.client = Posthog(
         "phc_bench",
         secret_key="phx_bench",
         host=url,
         poll_interval=poll_interval_s,
-        flag_definition_cache_provider=_provider,
+        flag_definition_cache_provider=_here.provider,
         sync_mode=True,
     )
-    if attach and hasattr(_provider, "attach"):
-        _provider.attach(_client)
-    _client.load_feature_flags()
-    if len(_client.feature_flags or []) != flags:
+    if attach and hasattr(_here.provider, "attach"):
+        _here.provider.attach(_here.client)
+    _here.client.load_feature_flags()
+    if len(_here.client.feature_flags or []) != flags:
         raise RuntimeError("the client did not load what was published")
 
 
 def time_client_polls(runs: int, calls: int) -> list[float]:
     """Seconds per poll of the SDK, `_load_feature_flags`, while nothing changes."""
-    return batches(_client._load_feature_flags, runs, calls)
+    return batches(_here.client._load_feature_flags, runs, calls)
 
 
 def start_worker(
@@ -215,25 +219,25 @@ def evaluate_first(key: str) -> float:
 
 def evaluate(key: str) -> None:
     """Evaluate a flag for somebody, locally. Raises `RuntimeError` if it is not known."""
-    if key not in _client.feature_flags_by_key:
+    if key not in _here.client.feature_flags_by_key:
         raise RuntimeError(f"no definition of {key!r}")
-    _client.get_feature_flag(
+    _here.client.get_feature_flag(
         key, "somebody", only_evaluate_locally=True, send_feature_flag_events=False
     )
 
 
-def work(polls: int, rounds: int, keys: list[str], together: bool) -> int:
+def work(*, polls: int, rounds: int, keys: list[str], together: bool) -> int:
     """Poll, then evaluate the flags round after round; the bytes that are this process's own then.
 
-    A full collection follows, as in any worker sooner or later. They are evaluated one by one, each looked up by its key, or `together`, by the SDK's
-    `evaluate_flags`, which goes through all flags to pick them.
+    They are evaluated one by one, each looked up by its key, or `together`, by the SDK's `evaluate_flags`,
+    which goes through all flags to pick them. A full collection follows, as in any worker sooner or later.
     """
     warnings.simplefilter("ignore", DeprecationWarning)
     for _ in range(polls):
-        _client._load_feature_flags()
+        _here.client._load_feature_flags()
     for _ in range(rounds):
         if together:
-            _client.evaluate_flags("somebody", flag_keys=keys, only_evaluate_locally=True)
+            _here.client.evaluate_flags("somebody", flag_keys=keys, only_evaluate_locally=True)
         else:
             for key in keys:
                 evaluate(key)
@@ -251,7 +255,7 @@ def see(key: str, name: str, timeout_s: float) -> float:
     """Wait until the flag has this name; when that was, CLOCK_MONOTONIC in seconds."""
     end = time.monotonic() + timeout_s
     while (now := time.monotonic()) < end:
-        if _client.feature_flags_by_key[key]["name"] == name:
+        if _here.client.feature_flags_by_key[key]["name"] == name:
             return now
         time.sleep(0.004)
     raise RuntimeError(f"{key!r} was not to be seen as {name!r} within {timeout_s} s")
@@ -259,7 +263,7 @@ def see(key: str, name: str, timeout_s: float) -> float:
 
 def _wait_for_grant() -> None:
     end = time.monotonic() + _GRANT_PATIENCE_S
-    while not _provider.should_fetch_flag_definitions():
+    while not _here.provider.should_fetch_flag_definitions():
         if time.monotonic() > end:
             raise RuntimeError("this process was to publish, and is never told to fetch")
         time.sleep(0.002)

@@ -46,8 +46,6 @@ class FileLock:
         self._host = host
         # Set once the file turned out not to be lockable as it is: then it has to be attached again.
         self._lost = False
-        # Descriptors on which this process may hold the lock, for `abandon`.
-        self._descriptors: set[int] = set()
 
     def guards_its_path(self) -> bool:
         """False once the file was removed, replaced, or is not ours alone any more."""
@@ -66,9 +64,6 @@ class FileLock:
         Raises `LockTimeoutError` after `PATIENCE_S` or for want of descriptors, `PageReplacedError`
         if the file was removed or replaced, `OSError` if it cannot be opened.
         """
-        from filelock import unlock_descriptor
-
-        pid = os.getpid()
         try:
             descriptor = open_private(self._path, os.O_RDWR, self._uid)
         except (FileNotFoundError, UnsafePathError):
@@ -83,26 +78,10 @@ class FileLock:
                 path=self._path,
                 remedy="raise the limit, or find what does not close its files",
             ) from None
-        self._descriptors.add(descriptor)
-        locked = False
-        try:
-            acquire(descriptor, self._host, self._path)
-            locked = True
+        with _locked(descriptor, self._host, self._path):
             if Inode.of(os.fstat(descriptor)) != self._inode or not self.guards_its_path():
                 raise PageReplacedError("was replaced", path=self._path)
             yield
-        finally:
-            # Were this frame ever unwound in a forked child, unlocking would free the parent's lock.
-            if pid == os.getpid():
-                self._descriptors.discard(descriptor)
-                if locked:
-                    unlock_descriptor(descriptor)
-                os.close(descriptor)
-
-    def abandon(self) -> None:
-        """In a forked child: close the descriptors that came along, without unlocking."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
 
 
 @contextmanager
@@ -111,18 +90,45 @@ def directory_lock(path: Path, host: Host) -> Iterator[None]:
 
     Raises `LockTimeoutError` or `OSError`.
     """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with _locked(os.open(path, flags), host, path):
+        yield
+
+
+# The descriptors on which this process may hold a lock, each with the process that opened it.
+_opened: dict[int, int] = {}
+
+
+@contextmanager
+def _locked(descriptor: int, host: Host, path: Path) -> Iterator[None]:
+    """Hold the lock of `descriptor` for the block, and close it after. Raises as `acquire` does."""
     from filelock import unlock_descriptor
 
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags)
+    pid = os.getpid()
+    _opened[descriptor] = pid
+    locked = False
     try:
         acquire(descriptor, host, path)
-        try:
-            yield
-        finally:
-            unlock_descriptor(descriptor)
+        locked = True
+        yield
     finally:
-        os.close(descriptor)
+        # Were this frame ever unwound in a forked child, unlocking would free the parent's lock.
+        if pid == os.getpid():
+            if locked:
+                unlock_descriptor(descriptor)
+            # Before the number can be another file's.
+            del _opened[descriptor]
+            os.close(descriptor)
+
+
+def abandon_inherited() -> None:
+    """In a forked child: close the descriptors that came along, without unlocking.
+
+    Else the child would go on holding a lock of its parent's that the parent was killed with.
+    """
+    for descriptor, opener in list(_opened.items()):
+        if opener != os.getpid() and _opened.pop(descriptor, None) is not None:
+            os.close(descriptor)
 
 
 def acquire(descriptor: int, host: Host, path: Path) -> None:

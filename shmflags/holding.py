@@ -16,7 +16,6 @@ from shmflags.page import ControlPage
 from shmflags.processes import Host
 from shmflags.snapshot import NOTHING, Position
 
-
 # Unequal to any digest: what the client has cannot be compared with what is published.
 UNKNOWN_DIGEST = b"not to be compared"
 

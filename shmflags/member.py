@@ -97,10 +97,8 @@ class Member:
 
     def inherit(self, parent: Member) -> None:
         """Right after a fork, in the child: the map is shared, the locks are the parent's."""
-        if parent._page is not None:
-            parent._page.abandon_locks()
-            if parent.directory == self.directory:
-                self._page = parent._page
+        if parent.directory == self.directory:
+            self._page = parent._page
 
     def page(self, held: Position) -> ControlPage:
         """The page, attached again if it was removed or replaced; `held` is what we have loaded.

@@ -166,10 +166,6 @@ class ControlPage:
             finally:
                 self._words[_LOCK] = 0
 
-    def abandon_locks(self) -> None:
-        """In a forked child: let go of what the parent holds, without freeing it."""
-        self._lock.abandon()
-
     def lock_holder(self) -> LockHolder:
         return LockHolder(self._words[_LOCK], self._words[_LOCK + 1])
 

@@ -40,6 +40,7 @@ from shmflags.errors import (
     PageReplacedError,
     UnsafePathError,
 )
+from shmflags.file_lock import abandon_inherited
 from shmflags.holding import Holding
 from shmflags.journal import Journal
 from shmflags.member import Member
@@ -273,6 +274,7 @@ class SharedMemoryFlagCache:
             self._member_lock = threading.Lock()
             self._journal.after_fork()
             self._holding.after_fork()
+            abandon_inherited()
         with self._member_lock:
             if self._member is member:
                 successor = Member(self._settings, self._host, self._journal)

@@ -24,7 +24,6 @@ from shmflags.page import ControlPage, Fence
 from shmflags.processes import Host
 from shmflags.snapshot import Draft, Header, Position, Signature
 
-
 _OLD_NS = 3600 * 1_000_000_000
 
 

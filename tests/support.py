@@ -109,6 +109,12 @@ def call_all(group: list[Worker], command: str, *arguments: Any, **keywords: Any
     return [worker.result() for worker in group]
 
 
+def poll_in_turn(group: list[Worker]) -> None:
+    """One poll each: on a busy machine, workers that poll at once may find the lock busy and give up."""
+    for worker in group:
+        worker.call("poll")
+
+
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
     """Wait for something that no event tells of; fails when `timeout_s` is over."""
     end = time.monotonic() + timeout_s

@@ -22,7 +22,7 @@ import pytest
 import shmflags
 from shmflags import SharedMemoryFlagCache, cli, doctor
 from shmflags.demo.server import DefinitionsServer, definitions, flag
-from tests.support import call_all, workers
+from tests.support import call_all, poll_in_turn, workers
 
 LIMIT_S = 60.0
 ONE = definitions(flag("one"))
@@ -315,7 +315,7 @@ def test_watch_ends_quietly_when_nobody_reads_it(
 
 
 @pytest.mark.parametrize("colours", [True, False])
-def test_watch_on_a_terminal(directory: Path, leader: SharedMemoryFlagCache, colours: bool) -> None:  # noqa: FBT001
+def test_watch_on_a_terminal(directory: Path, leader: SharedMemoryFlagCache, colours: bool) -> None:
     """On a terminal the table is painted over itself, in colours unless the user wants none."""
     ours, theirs = pty.openpty()
     environment = {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
@@ -441,7 +441,7 @@ def test_clear_refuses_while_workers_live(run: Run, directory: Path, server: Def
     with workers(2) as group:
         call_all(group, "make_cache", directory=str(directory))
         call_all(group, "make_client", server.url)
-        call_all(group, "poll")
+        poll_in_turn(group)
         before = files_below(directory)
         ended = run("clear", "test", "--directory", directory)
         assert ended.status == 1
@@ -461,7 +461,7 @@ def test_clear_by_force_is_survived_by_workers(
     with workers(2) as group:
         call_all(group, "make_cache", directory=str(directory))
         call_all(group, "make_client", server.url)
-        call_all(group, "poll")
+        poll_in_turn(group)
         assert run("clear", "test", "--force", "--directory", directory).status == 0
         assert call_all(group, "poll") == [["one"], ["one"]]
         assert call_all(group, "poll") == [["one"], ["one"]]

@@ -226,6 +226,6 @@ def test_an_old_sdk_is_a_note(directory: Path, monkeypatch: pytest.MonkeyPatch) 
         ("RemoveIPC=yes\nRemoveIPC=off\n", False),
     ],
 )
-def test_what_logind_removes(configuration: str, removes: bool) -> None:  # noqa: FBT001
+def test_what_logind_removes(configuration: str, removes: bool) -> None:
     """The last setting counts, a comment does not, and without one systemd removes."""
     assert doctor.removes_at_logout(configuration) == removes

@@ -103,6 +103,7 @@ def test_a_life_in_the_log(pair: Pair) -> None:
         poll(first)
     assert pair.lines("deposed") == [f"deposed: process {pid} leads" + where(2, 2)]
 
+    first.shutdown()
     second.shutdown()
     second.shutdown()
     assert pair.lines("yielded") == ["yielded: shut down" + where(2, 2)]
@@ -218,6 +219,7 @@ def test_every_line_is_of_one_logger_and_says_where(pair: Pair, log: pytest.LogC
     pair.first.on_flag_definitions_received({"not": "definitions"})
     pair.first.shutdown()
     assert len(log.records) == 3
+    assert log.records[1].getMessage().endswith(where(1, 0))
     for record in log.records:
         assert record.name == "shmflags"
         assert re.search(r" \[test pid \d+ term \d+ generation \d+\]$", record.getMessage())

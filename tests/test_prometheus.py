@@ -17,7 +17,8 @@ import shmflags
 from shmflags import SharedMemoryFlagCache
 from shmflags.demo.server import DefinitionsServer, definitions, flag
 from shmflags.prometheus import StatusCollector
-from tests.support import call_all, workers
+from tests.support import call_all, poll_in_turn, workers
+from tests.test_status import ShiftedHost
 
 Samples = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -54,7 +55,7 @@ def test_a_scrape_tells_what_status_tells(directory: Path, server: DefinitionsSe
     with workers(2) as group:
         call_all(group, "make_cache", directory=str(directory))
         call_all(group, "make_client", server.url)
-        call_all(group, "poll")
+        poll_in_turn(group)
         samples = scraped(registry_of(cache))
         status = cache.status()
     assert status.age_s is not None
@@ -101,6 +102,26 @@ def test_each_scrape_reads_anew(directory: Path) -> None:
     samples = scraped(registry)
     assert value(samples, "problems") == 1
     assert value(samples, "flags") is None
+
+
+def test_ages_are_given_as_times(directory: Path) -> None:
+    """Prometheus gets the times at which something happened, which do not change while nothing does."""
+    cache = SharedMemoryFlagCache("test", directory=directory)
+    cache._host = host = ShiftedHost()
+    names = [f"{name}_timestamp_seconds" for name in ("definitions_fetched", "definitions_changed")]
+    began = host.wall_ns() / 1e9
+    assert cache.should_fetch_flag_definitions()
+    cache.on_flag_definitions_received(definitions(flag("one")))
+    host.shift_s = 1000
+    assert cache.should_fetch_flag_definitions()
+    samples = scraped(registry_of(cache))
+    assert [value(samples, name) for name in names] == pytest.approx([began, began], abs=60)
+    assert value(samples, "last_grant_timestamp_seconds") == pytest.approx(began + 1000, abs=60)
+    host.shift_s = 2000
+    later = scraped(registry_of(cache))
+    assert [value(later, name) for name in names] == pytest.approx(
+        [value(samples, name) for name in names], abs=0.01
+    )
 
 
 def test_several_keys_share_a_registry(directory: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_killed_leader_is_replaced_between_polls(directory: Path, server: Defi
 def test_children_watch_for_themselves(
     directory: Path,
     server: DefinitionsServer,
-    raw: bool,  # noqa: FBT001
+    raw: bool,
 ) -> None:
     """In forked children the watcher runs again: at once, or with the first call if no hook ran."""
     publish_from_file(directory, definitions(flag("one")))
@@ -177,17 +177,14 @@ def test_children_watch_for_themselves(
         # Without hooks a thread of the parent's seems to live until the first call finds out.
         first = "poll" if raw else "watchers_alive"
         until = ("until", ("one", False, 60))
-        parent.start("fork", [(first, ()), ("poll", ()), ("watchers_alive", ()), until], 2, raw)
-        wait_until(lambda: both_children_polled(directory), "both are there")
+        mark = ("leave_mark", (str(directory),))
+        parent.start("fork", [(first, ()), ("poll", ()), ("watchers_alive", ()), mark, until], 2, raw)
+        wait_until(lambda: len(list(directory.glob("mark-*"))) == 2, "both are there")
         publish_from_file(directory, definitions(flag("one", on=False)))
-        for _, (found, _, alive, flipped) in parent.result():
+        for _, (found, _, alive, _, flipped) in parent.result():
             assert found == (["one"] if raw else [True])
             assert (alive, flipped) == ([True], True)
         assert parent.call("watchers_alive") == [True]
-
-
-def both_children_polled(directory: Path) -> bool:
-    return len(SharedMemoryFlagCache("test", directory=directory).status().workers) == 3
 
 
 def test_without_watch_a_client_waits_for_its_poll(directory: Path, server: DefinitionsServer) -> None:
@@ -364,7 +361,7 @@ def test_it_can_be_stopped_by_itself(
     directory: Path, leader: SharedMemoryFlagCache, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`stop` may be called from within the callback, and twice, and does not come back in a child."""
-    watched = Watched(cache_at(directory), callback=lambda: watched.watcher.stop())  # noqa: PLW0108
+    watched = Watched(cache_at(directory), callback=lambda: watched.watcher.stop())
     watched.poll()
     publish_from_file(directory, definitions(flag("two")))
     wait_until(lambda: not watched.watcher.is_alive, "it has ended")

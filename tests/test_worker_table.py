@@ -19,7 +19,7 @@ from shmflags.runtime_dir import locate
 from shmflags.snapshot import NOTHING, Position
 from shmflags.worker_table import SLOTS, TABLE_WORDS, WorkerTable
 from tests.manual_host import Machine, ManualHost
-from tests.support import call_all, wait_until, workers
+from tests.support import call_all, poll_in_turn, wait_until, workers
 
 SECOND_NS = 1_000_000_000
 INTERVAL_NS = 30 * SECOND_NS
@@ -202,7 +202,7 @@ def test_a_killed_worker_is_no_longer_shown(directory: Path, server: Definitions
     with workers(2) as group:
         call_all(group, "make_cache", directory=str(directory))
         call_all(group, "make_client", server.url)
-        call_all(group, "poll")
+        poll_in_turn(group)
         assert {row.pid for row in cache.status().workers} == {worker.pid for worker in group}
         group[0].kill()
         wait_until(

@@ -205,6 +205,10 @@ class Worker:
             os.close(reader)
         return time.monotonic() - start
 
+    def leave_mark(self, directory: str) -> None:
+        """Tell others by a file that the commands before this one are done."""
+        open(os.path.join(directory, f"mark-{os.getpid()}"), "x").close()
+
     def watchers_alive(self) -> list[bool]:
         """For each watcher of the cache whether its thread runs in this process."""
         assert self.cache is not None

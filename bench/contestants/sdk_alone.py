@@ -5,5 +5,5 @@ from __future__ import annotations
 from bench.contestants import Place
 
 
-def make(place: Place, poll_interval_s: float) -> None:
-    return None
+def make(_place: Place, _poll_interval_s: float) -> None:
+    """No provider."""

@@ -399,7 +399,9 @@ def test_killed_between_the_file_and_the_page(directory: Path, ear: Ear) -> None
     """A publish that only the file knows of is one: what was fetched before it is dropped."""
     api = Api()
     slow, quick = (
-        Poller(directory, api, poll_interval=INTERVAL_S, lease_ttl=2 * INTERVAL_S, cold_start_timeout=0.0)
+        Poller(
+            directory, api, poll_interval=INTERVAL_S, lease_ttl=2 * INTERVAL_S, cold_start_timeout=0.0
+        )
         for _ in range(2)
     )
     assert slow.cache.should_fetch_flag_definitions()
