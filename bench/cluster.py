@@ -144,7 +144,7 @@ def be_at(place: dict[str, str]) -> None:
 
 def start(name: str, url: str, key: str) -> None:
     """Make provider and client, as a worker that starts, and evaluate."""
-    roles._provider = _provider(name)
+    roles.use_provider(_provider(name))
     roles.open_client(url, _FLAGS, poll_interval_s=_POLL_INTERVAL_S)
     roles.evaluate(key)
 

@@ -24,19 +24,23 @@ _CASES = {
 def steps(options: Options) -> list[Step]:
     names = [name for name in contestants.available() if name in (OURS, *_RIVALS)]
     runs = options.runs(7)
-    found = []
-    for flags in options.sizes(10, 100, 1000, 5000, 20_000):
-        for name in names:
-            for case, measure in (
-                ("poll", poll.client_polls),
-                ("one changed", poll.changes),
-                ("publish", publish.publishes),
-            ):
-                label = f"{case}, {flags:,} flags, {name}"
-                found.append(Step(label, partial(_as_growth, partial(measure, name, flags, runs))))
-    for workers in (1, 4) if options.quick else (1, 4, 16, 64):
-        found.append(Step(f"poll, {workers} workers", partial(among, workers, options.runs(15))))
-    return found
+    cases = {"poll": poll.client_polls, "one changed": poll.changes, "publish": publish.publishes}
+    counts = (1, 4) if options.quick else (1, 4, 16, 64)
+    return [
+        *(
+            Step(
+                f"{case}, {flags:,} flags, {name}",
+                partial(_as_growth, partial(measure, name, flags, runs)),
+            )
+            for flags in options.sizes(10, 100, 1000, 5000, 20_000)
+            for name in names
+            for case, measure in cases.items()
+        ),
+        *(
+            Step(f"poll among {workers} workers", partial(among, workers, options.runs(15)))
+            for workers in counts
+        ),
+    ]
 
 
 def _as_growth(measure: partial[Iterator[Measurement]]) -> Iterable[Measurement]:

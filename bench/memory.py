@@ -39,7 +39,7 @@ def steps(options: Options) -> list[Step]:
 
 
 def adds(name: str, flags: int, case: str) -> Iterator[Measurement]:
-    """Bytes that the definitions add to a worker, after three polls and ten rounds of 20 evaluations."""
+    """Bytes that definitions add to a worker, after three polls and ten rounds of 20 evaluations."""
     floor = _sizes(name, data.make(_KEYS), case)
     found = _sizes(name, data.make(flags), case)
     added = tuple(float(one - sorted(floor)[len(floor) // 2]) for one in found)

@@ -25,26 +25,18 @@ def steps(options: Options) -> list[Step]:
     names = contestants.available()
     providers = [name for name in names if name != "sdk"]
     sizes = options.sizes(100, 1000, 5000)
-    runs = options.runs
-    found = []
-    for flags in sizes:
-        for name in names:
-            found.append(
-                Step(f"SDK poll, {flags:,} flags, {name}", partial(client_polls, name, flags, runs(15)))
-            )
-        for name in providers:
-            found.append(
-                Step(f"two calls, {flags:,} flags, {name}", partial(calls, name, flags, runs(15)))
-            )
-            found.append(
-                Step(f"one flag of {flags:,} changed, {name}", partial(changes, name, flags, runs(15)))
-            )
-    for flags in sizes[-1:]:
-        for name in providers:
-            found.append(
-                Step(f"first read, {flags:,} flags, {name}", partial(first_reads, name, flags, runs(9)))
-            )
-    return found
+    cases = [
+        ("SDK poll", client_polls, names, sizes, 15),
+        ("two calls", calls, providers, sizes, 15),
+        ("one flag changed", changes, providers, sizes, 15),
+        ("first read", first_reads, providers, sizes[-1:], 9),
+    ]
+    return [
+        Step(f"{case}, {flags:,} flags, {name}", partial(measure, name, flags, options.runs(runs)))
+        for case, measure, contestants_, sizes_, runs in cases
+        for flags in sizes_
+        for name in contestants_
+    ]
 
 
 def client_polls(name: str, flags: int, runs: int) -> Iterator[Measurement]:
@@ -114,13 +106,13 @@ def first_reads(name: str, flags: int, runs: int) -> Iterator[Measurement]:
 def rows(results: Results) -> list[Row]:
     found = []
     for flags in results.sizes("poll", "client"):
-        goals = (Goal(times=1000, than="lmdb"),) if flags >= 1000 else ()
+        goals: tuple[Goal, ...] = (Goal(times=1000, than="lmdb"),) if flags >= 1000 else ()
         values = results.medians("poll", "client", flags=flags)
         what = f"the SDK's whole poll, nothing changed, {flags:,} flags, attached"
         found.append(Row(what, "s", values, goals=goals, in_readme=flags >= 1000))
     for flags in results.sizes("poll", "calls"):
         limit = Goal(limit=60e-6)
-        goals = (limit, Goal(times=300, than="redis")) if flags == 1000 else (limit,)
+        goals = (limit, *([Goal(times=300, than="redis")] if flags == 1000 else []))
         values = results.medians("poll", "calls", flags=flags)
         what = f"the provider's two calls alone, nothing changed, {flags:,} flags"
         found.append(Row(what, "s", values, goals=goals, in_readme=flags == 1000))

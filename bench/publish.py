@@ -20,14 +20,18 @@ _VARIANTS = 4
 def steps(options: Options) -> list[Step]:
     runs = options.runs(15)
     providers = [name for name in contestants.available() if name != "sdk"]
-    found = []
-    for flags in options.sizes(1000, 5000):
-        found.append(Step(f"json.dumps alone, {flags:,} flags", partial(dumps_alone, flags, runs)))
-        for name in providers:
-            found.append(
-                Step(f"publish, {flags:,} flags, {name}", partial(publishes, name, flags, runs))
-            )
-    return found
+    sizes = options.sizes(1000, 5000)
+    return [
+        *(
+            Step(f"json.dumps alone, {flags:,} flags", partial(dumps_alone, flags, runs))
+            for flags in sizes
+        ),
+        *(
+            Step(f"publish, {flags:,} flags, {name}", partial(publishes, name, flags, runs))
+            for flags in sizes
+            for name in providers
+        ),
+    ]
 
 
 def publishes(name: str, flags: int, runs: int) -> Iterator[Measurement]:

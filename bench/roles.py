@@ -60,9 +60,14 @@ def batches(function: Callable[[], object], runs: int, calls: int) -> list[float
 
 def open_provider(contestant: str, place: dict[str, str], poll_interval_s: float = LONG_S) -> None:
     """Make this process's provider."""
-    _here.provider = contestants.make(contestant, place, poll_interval_s)
-    if _here.provider is not None:
-        _note_answers(_here.provider)
+    use_provider(contestants.make(contestant, place, poll_interval_s))
+
+
+def use_provider(provider: Any) -> None:
+    """Have this process's client ask this provider; None for the SDK alone."""
+    _here.provider = provider
+    if provider is not None:
+        _note_answers(provider)
 
 
 def _note_answers(provider: Any) -> None:

@@ -57,7 +57,7 @@ def starts(
         with ExitStack() as stack:
             server = stack.enter_context(DefinitionsServer(definitions, latency_s=latency_s))
             place = place_for(stack, name)
-            seconds += _one_start(stack, name, place, server.url, definitions, workers, preload)
+            seconds += _one_start(stack, name, place, server.url, definitions, workers, preload=preload)
             requests.append(server.count)
     flags = len(definitions["flags"])
     yield Measurement("worker_startup", "seconds", name, "s", tuple(seconds), flags, workers)
@@ -71,6 +71,7 @@ def _one_start(
     url: str,
     definitions: dict[str, Any],
     workers: int,
+    *,
     preload: bool,
 ) -> list[float]:
     flags, key = len(definitions["flags"]), definitions["flags"][0]["key"]

@@ -96,7 +96,7 @@ class Member:
         return writer != NOBODY and self.host.is_provably_dead(writer)
 
     def inherit(self, parent: Member) -> None:
-        """Right after a fork, in the child: the map is shared, the locks are the parent's."""
+        """Right after a fork, in the child: the map is shared."""
         if parent.directory == self.directory:
             self._page = parent._page
 

@@ -20,7 +20,8 @@
 None of the four methods raises, as the SDK takes an exception for "fetch": what goes wrong goes to
 `journal.py`, and the answer is the safe one. None of them waits, but for the one cold start: nothing
 to serve yet, and somebody is fetching. That wait has one deadline per process; after it the answer
-is empty definitions, which keep the SDK from asking again at each evaluation.
+is empty definitions, which keep the SDK from asking again at each evaluation. For an `upstream` the
+host's leader waits two seconds at most (upstream.py).
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class SharedMemoryFlagCache:
     # -- PostHog's protocol
 
     def should_fetch_flag_definitions(self) -> bool:
-        """True if this process is to fetch from the API now. Never raises, never waits."""
+        """True if this process is to fetch from the API now. Never raises; waits for an upstream only."""
         member = None
         try:
             member = self._me()
@@ -255,7 +256,7 @@ class SharedMemoryFlagCache:
         )
         self._watchers.append(watcher)
         if self._member is not None and self._member.known_page is not None:
-            watcher.start()
+            self._start_watchers()
         return watcher
 
     # -- one poll
@@ -407,8 +408,9 @@ class SharedMemoryFlagCache:
         return None
 
     def _start_watchers(self) -> None:
-        # At the first poll: before, there is nothing to watch, and a server that only makes the client
-        # before it forks has no thread of ours, which in uWSGI might hold the GIL as it forks.
+        # Not before the first poll, when there is nothing to watch, nor where a fork would hurt.
+        if not self._watchers or servers.forks_without_hooks():
+            return
         for watcher in self._watchers:
             try:
                 watcher.start()

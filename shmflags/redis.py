@@ -75,6 +75,7 @@ class _Process:
         # What was loaded for the host, until the host has it: it may have given up waiting.
         self.loaded: codec.Decoded | None = None
         self.told_s = float("-inf")
+        self.is_asking = False  # A thread was told to fetch, and nothing has come back.
         self.first_deadline_s: float | None = None
         self.closed = False
 
@@ -228,6 +229,9 @@ class RedisFlagCache:
         if process is None:
             if self._processes:
                 self._journal.after_fork()
+                if any(parent.is_asking for parent in self._processes.values()):
+                    # The answer went to the parent, but its client, and so ours, may have the ETag.
+                    self._received = _UNKNOWN_DIGEST
             server = RedisServer(self._client, self._key, self._timing, self._timeout_s)
             # Of two threads that come here at once, one's is taken by both.
             process = self._processes.setdefault(pid, _Process(server))
@@ -239,6 +243,7 @@ class RedisFlagCache:
         """Renew the lease or try to take it. Raises `RedisUnavailableError`."""
         thread, now_s = process.thread, time.monotonic()
         thread.failed, thread.told = thread.told, False
+        process.is_asking &= not thread.failed
         # For the fetch that follows if Redis fails: it is accepted if nobody else led meanwhile.
         thread.term, thread.digest = process.term, None
         self._publish_pending(process)
@@ -249,7 +254,8 @@ class RedisFlagCache:
         self._note_term(process, answer.term, made_way=fruitless)
         thread.term, thread.digest = answer.term, answer.digest
         if answer.granted:
-            thread.told, process.told_s = True, now_s
+            thread.told = process.is_asking = True
+            process.told_s = now_s
             must_publish = not answer.digest or self._received not in (None, answer.digest)
             process.owed = _Owed(threading.get_ident(), now_s) if must_publish else None
         return answer
@@ -276,7 +282,7 @@ class RedisFlagCache:
         if process.closed or now_s - process.told_s < self._interval_s / 2:
             return False
         process.told_s = now_s
-        process.thread.told = True
+        process.thread.told = process.is_asking = True
         return True
 
     # -- definitions in
@@ -284,7 +290,7 @@ class RedisFlagCache:
     def _receive(self, process: _Process, data: object) -> None:
         thread = process.thread
         term, thread.term, thread.told = thread.term, 0, False
-        process.owed = None
+        process.owed, process.is_asking = None, False
         self._received = _UNKNOWN_DIGEST
         encoded, decoded = codec.encode(data, self._held)
         self._received = decoded.digest

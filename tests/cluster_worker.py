@@ -156,6 +156,12 @@ class ClusterWorker(worker_main.Worker):
         arguments = {"poll_interval": poll_interval, **arguments}
         self.cache = RedisFlagCache(client, "my-service", **arguments)  # type: ignore[assignment]
 
+    def trusts_its_etag(self) -> bool:
+        """Whether, told to fetch, RedisFlagCache would be content with a 304."""
+        cache: Any = self.cache
+        cache._here()
+        return bool(cache._received == cache._held.digest)
+
     def poll_in_threads(self, count: int) -> None:
         """Threads that do nothing but poll, until the process ends."""
 

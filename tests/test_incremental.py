@@ -1,4 +1,4 @@
-"""A reader decodes only what changed, and an unchanged poll costs nothing: both without ever being wrong."""
+"""A reader decodes only what changed, an unchanged poll costs nothing, and neither is ever wrong."""
 
 from __future__ import annotations
 

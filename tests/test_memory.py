@@ -1,4 +1,4 @@
-"""Definitions that were loaded before the fork are shared: gunicorn for real, memory as the kernel counts it."""
+"""Definitions loaded before the fork are shared: a real gunicorn, memory as the kernel counts it."""
 
 from __future__ import annotations
 

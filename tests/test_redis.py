@@ -548,6 +548,24 @@ def test_made_before_a_fork_one_of_all_leads(program: RedisProgram, server_clien
         worker.close()
 
 
+def test_a_fork_amidst_a_fetch(program: RedisProgram, server_client: redis.Redis) -> None:
+    """A child forked while its parent fetches does not rely on an ETag that it cannot know."""
+    worker = Worker()
+    try:
+        worker.call("make_redis_cache", program.port, 3600.0)
+        assert worker.call("should_fetch") is True
+        worker.call("receive", made_of("a"))
+        assert worker.call("fork", [("trusts_its_etag", ())], 1)[0][1] == [True]
+        pass_time(server_client, 3600)
+        assert worker.call("should_fetch") is True
+        assert worker.call("fork", [("trusts_its_etag", ())], 1)[0][1] == [False]
+        assert worker.call("trusts_its_etag") is True
+        assert worker.call("should_fetch") is False  # It was told 304.
+        assert worker.call("fork", [("trusts_its_etag", ())], 1)[0][1] == [True]
+    finally:
+        worker.close()
+
+
 def test_a_fork_amidst_polls(program: RedisProgram, server_client: redis.Redis) -> None:
     """Children forked while threads of the parent talk to Redis all get through."""
     worker = Worker()

@@ -73,6 +73,23 @@ def test_workers_that_loaded_before_the_fork(site: Site, arguments: list[str]) -
     assert f"pid {server.process.pid} " in line
 
 
+@pytest.mark.parametrize("loaded", ["", "1"], ids=["created", "loaded"])
+@pytest.mark.parametrize(
+    ("arguments", "watched"), [(["--enable-threads"], False), (RECIPE, True)], ids=["threads", "recipe"]
+)
+def test_no_thread_of_ours_where_a_fork_may_hang(
+    site: Site, arguments: list[str], watched: bool, loaded: str
+) -> None:
+    """Without fork hooks, no thread of the cache is there to hold the GIL when the master forks.
+
+    A worker that is forked then would wait for the GIL for ever. With them, a loaded master has one.
+    """
+    server = start(site, *arguments, SERVERS_LOAD=loaded)
+    server.ask_until(lambda answer: answer.values == values("cheaper"), "know the flags", workers=1)
+    (threads,) = server.logged("at import: ")
+    assert ("shmflags-watcher" in threads) == (watched and loaded != "")
+
+
 @pytest.mark.parametrize("arguments", [["--lazy-apps"], ["--py-call-uwsgi-fork-hooks"]])
 def test_workers_without_threads(site: Site, arguments: list[str]) -> None:
     """Where only enable-threads is missing, that is what is logged, once for all workers."""

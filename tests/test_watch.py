@@ -55,6 +55,12 @@ class Watched:
         if not self.cache.should_fetch_flag_definitions():
             self.cache.get_flag_definitions()
 
+    def load(self) -> None:
+        """Load what is published; while we do, the watcher may find out by itself."""
+        self.poll()
+        self.look_around()
+        self.calls_s.clear()
+
     def _called(self) -> None:
         self.calls_s.append(time.monotonic())
         self._callback()
@@ -83,8 +89,7 @@ def leader(directory: Path) -> Iterator[SharedMemoryFlagCache]:
 def follower(directory: Path, leader: SharedMemoryFlagCache) -> Iterator[Watched]:
     """A watched cache that has what the leader has published."""
     watched = Watched(cache_at(directory))
-    watched.poll()
-    watched.look_around()
+    watched.load()
     yield watched
     watched.cache.shutdown()
 
@@ -110,29 +115,28 @@ def test_a_publish_reaches_all_watching_workers(directory: Path, server: Definit
 def test_a_flag_flipped_at_the_server_is_flipped_in_all_workers(
     directory: Path, server: DefinitionsServer
 ) -> None:
-    """What the leader's poll brings, the others have by their watchers, without a request of theirs."""
+    """What one poll of the leader brings, the others have by their watchers, without a request."""
     with workers(4) as group:
         call_all(group, "make_cache", directory=str(directory), poll_interval=1.0)
         call_all(group, "make_client", server.url, poll_interval=NEVER_S)
         call_all(group, "attach")
         assert call_all(group, "evaluate", "one") == [True] * 4
-        for worker in group[1:]:
+        leader = SharedMemoryFlagCache("test", directory=directory).status().leader
+        assert leader is not None
+        (first,) = [worker for worker in group if worker.pid == leader.pid]
+        group.remove(first)
+        for worker in group:
             worker.start("until", "one", False, 60)
         server.set_definitions(definitions(flag("one", on=False)))
-        pid = SharedMemoryFlagCache("test", directory=directory).status().leader
-        assert pid is not None
 
-        def due() -> bool:
-            group[0].call("poll")
+        def fetched() -> bool:
+            first.call("poll")
             return server.full == 2
 
-        if pid.pid == group[0].pid:
-            wait_until(due, "a fetch is due")
-        else:
-            # The leader is one of those that wait; its lease is made free for the first one.
-            publish_from_file(directory, definitions(flag("one", on=False)))
-        assert [worker.result() for worker in group[1:]] == [True] * 3
-        assert server.full <= 2
+        wait_until(fetched, "a fetch is due")
+        assert [worker.result() for worker in group] == [True] * 3
+        assert server.full == 2
+        group.append(first)
 
 
 def test_a_killed_leader_is_replaced_between_polls(directory: Path, server: DefinitionsServer) -> None:
@@ -161,29 +165,37 @@ def test_a_killed_leader_is_replaced_between_polls(directory: Path, server: Defi
         assert server.count == 1
 
 
-@pytest.mark.parametrize("raw", [False, True], ids=["with-hooks", "without-hooks"])
-def test_children_watch_for_themselves(
-    directory: Path,
-    server: DefinitionsServer,
-    raw: bool,
-) -> None:
-    """In forked children the watcher runs again: at once, or with the first call if no hook ran."""
+def test_children_watch_for_themselves(directory: Path, server: DefinitionsServer) -> None:
+    """In forked children the watcher runs from the beginning, and brings what is published."""
     publish_from_file(directory, definitions(flag("one")))
     with workers(1) as (parent,):
         parent.call("make_cache", directory=str(directory), role="reader", poll_interval=NEVER_S)
         parent.call("make_client", server.url, poll_interval=NEVER_S)
         parent.call("attach")
         assert parent.call("evaluate", "one") is True
-        # Without hooks a thread of the parent's seems to live until the first call finds out.
-        first = "poll" if raw else "watchers_alive"
-        until = ("until", ("one", False, 60))
-        mark = ("leave_mark", (str(directory),))
-        parent.start("fork", [(first, ()), ("poll", ()), ("watchers_alive", ()), mark, until], 2, raw)
+        until, mark = ("until", ("one", False, 60)), ("leave_mark", (str(directory),))
+        parent.start("fork", [("watchers_alive", ()), mark, until], 2)
         wait_until(lambda: len(list(directory.glob("mark-*"))) == 2, "both are there")
         publish_from_file(directory, definitions(flag("one", on=False)))
-        for _, (found, _, alive, _, flipped) in parent.result():
-            assert found == (["one"] if raw else [True])
-            assert (alive, flipped) == ([True], True)
+        assert [results for _, results in parent.result()] == [[[True], None, True]] * 2
+        assert parent.call("watchers_alive") == [True]
+
+
+def test_children_forked_behind_python_s_back_watch_from_their_first_call(
+    directory: Path, server: DefinitionsServer
+) -> None:
+    """Where no hook runs at a fork, the first call of a child finds out and starts its watcher."""
+    publish_from_file(directory, definitions(flag("one")))
+    with workers(1) as (parent,):
+        parent.call("make_cache", directory=str(directory), role="reader", poll_interval=NEVER_S)
+        parent.call("make_client", server.url, poll_interval=NEVER_S)
+        # The parent's threads have to be at rest: a fork without hooks, while another thread waits for
+        # the interpreter, leaves the child waiting for that thread.
+        parent.call("attach", interval=NEVER_S)
+        assert parent.call("evaluate", "one") is True
+        commands = [("watchers_alive", ()), ("poll", ()), ("watchers_alive", ())]
+        children = parent.call("fork", commands, 2, raw=True)
+        assert [results for _, results in children] == [[[False], ["one"], [True]]] * 2
         assert parent.call("watchers_alive") == [True]
 
 
@@ -278,7 +290,7 @@ def test_what_is_not_taken_up_is_repeated_once_a_second(
 ) -> None:
     """A callback that changes nothing is called again, but at most once a second."""
     watched = Watched(cache_at(directory), callback=lambda: None)
-    watched.poll()
+    watched.load()
     leader.shutdown()
     wait_until(lambda: len(watched.calls_s) >= 3, "it was called three times")
     first, second, third = watched.calls_s[:3]
@@ -290,7 +302,7 @@ def test_what_is_not_taken_up_is_repeated_once_a_second(
 def test_a_reader_is_not_called_for_a_vacancy(directory: Path, leader: SharedMemoryFlagCache) -> None:
     """Who can never lead is not told that nobody does."""
     watched = Watched(cache_at(directory, role="reader"))
-    watched.poll()
+    watched.load()
     leader.shutdown()
     watched.look_around()
     assert watched.calls_s == []
@@ -322,8 +334,9 @@ def test_an_exception_in_the_callback_is_logged_and_does_not_end_it(
         if failures:
             raise failures.pop()
 
-    watched = Watched(cache_at(directory), callback=fails)
-    watched.poll()
+    watched = Watched(cache_at(directory))
+    watched.load()
+    watched._callback = fails
     for number in range(3):
         publish_from_file(directory, definitions(flag(f"f{number}")))
         wait_until(

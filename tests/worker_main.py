@@ -210,9 +210,13 @@ class Worker:
         open(os.path.join(directory, f"mark-{os.getpid()}"), "x").close()
 
     def watchers_alive(self) -> list[bool]:
-        """For each watcher of the cache whether its thread runs in this process."""
+        """For each watcher of the cache whether its thread runs in this process, as the kernel sees it."""
         assert self.cache is not None
-        return [watcher.is_alive for watcher in self.cache._watchers]
+        threads = [watcher._thread for watcher in self.cache._watchers]
+        return [
+            thread is not None and os.path.exists(f"/proc/self/task/{thread.native_id}")
+            for thread in threads
+        ]
 
     def rows(self) -> list[list[Any]]:
         """The workers that `status` shows: pid and loaded generation of each."""

@@ -1,9 +1,13 @@
-"""A WSGI application that imports flags.py; with SERVERS_LOAD=1 it loads the flags at import, too."""
+"""A WSGI application that imports flags.py.
+
+At import it logs, with SERVERS_LOAD=1 after it loaded the flags, which threads there are.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +19,9 @@ import flags  # noqa: E402
 
 if os.environ.get("SERVERS_LOAD"):
     flags.client.load_feature_flags()
+logging.getLogger(__name__).info(
+    "at import: %s", ", ".join(thread.name for thread in threading.enumerate())
+)
 
 
 def application(

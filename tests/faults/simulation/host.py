@@ -169,6 +169,25 @@ class SimulatedOS:
         return sorted(os.listdir(path))
 
 
+class OpenedByProcess:
+    """A dict that is another one in each process."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __setitem__(self, descriptor: int, pid: int) -> None:
+        self._world.process().opened[descriptor] = pid
+
+    def __delitem__(self, descriptor: int) -> None:
+        del self._world.process().opened[descriptor]
+
+    def items(self) -> list[tuple[int, int]]:
+        return list(self._world.process().opened.items())
+
+    def pop(self, descriptor: int, default: None) -> int | None:
+        return self._world.process().opened.pop(descriptor, default)
+
+
 class SimulatedMmap:
     """`mmap`, on descriptors of the simulated process."""
 

@@ -22,7 +22,7 @@ from shmflags import (
     watcher,
 )
 
-from .host import Disk, SimulatedHost, SimulatedMmap, SimulatedOS
+from .host import Disk, OpenedByProcess, SimulatedHost, SimulatedMmap, SimulatedOS
 from .ledger import Ledger
 from .threads import SimulatedThreading, TaskLocal
 from .watched import WatchedHolding, WatchedJournal, WatchedPage
@@ -56,6 +56,7 @@ def installed(world: World, ledger: Ledger, host: SimulatedHost, disk: Disk) -> 
         *((module, "os", system) for module in (runtime_dir, snapshot)),
         *((module, "threading", threads) for module in (election, member, provider, watcher)),
         *((module, "mmap", maps) for module in (page_file, snapshot)),
+        (file_lock, "_opened", OpenedByProcess(world)),
         (provider, "Host", lambda: host),
         (provider, "Holding", functools.partial(WatchedHolding, world, ledger)),
         (provider, "Journal", lambda service_key: WatchedJournal(world, ledger)),

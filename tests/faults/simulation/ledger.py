@@ -76,6 +76,9 @@ class Ledger(Shared):
         # Published under the lock of a page that was lost meanwhile; the next page may adopt it.
         self.lost_commits = 0
         self.newest_stamp = -1
+        # The newest that a page has named or a process has loaded: a snapshot whose writer was killed
+        # before the page named it, and which then vanished, was never there.
+        self.known_stamp = -1
         # The incarnation of the page on which that was published or confirmed.
         self.newest_page = 0
         self.positions: dict[Position, Published] = {}
@@ -212,13 +215,18 @@ class Ledger(Shared):
             if missed_a_page or (held is not None and not held.in_order):
                 # It was published on a page that came and went while this process did not look.
                 in_order = False
-            elif stamp < self.newest_stamp:
+            elif stamp < self.known_stamp:
                 self.world.fail(
-                    f"forward: stamp {stamp} was restored, {self.newest_stamp} was published"
+                    f"forward: stamp {stamp} was restored, {self.known_stamp} was published"
                 )
         self.positions[header.position] = Published(
             header.digest, stamp, in_order, present is not None and present.loaded
         )
+
+    def note_named(self, position: Position) -> None:
+        """The page names the snapshot at `position`."""
+        if position in self.positions:
+            self.known_stamp = max(self.known_stamp, self.positions[position].stamp)
 
     def note_unchanged(self, position: Position) -> None:
         """A fetch was accepted that brought what stands at `position`."""
@@ -226,6 +234,7 @@ class Ledger(Shared):
         self._commit(fetch, position, "confirmed")
         if position in self.positions:
             self.positions[position].stamp = max(self.positions[position].stamp, fetch.stamp)
+            self.note_named(position)
 
     def _commit(self, fetch: Fetch, position: Position, what: str) -> None:
         self.world.note(
@@ -234,6 +243,7 @@ class Ledger(Shared):
         if not fetch.granted:
             # Fetched without a grant, as there was no cache to be had; published as nothing is served.
             self.newest_stamp = min(self.newest_stamp, fetch.stamp)
+            self.known_stamp = min(self.known_stamp, fetch.stamp)
         elif fetch.commits != self.commits:
             self.world.fail(
                 f"fenced: a fetch begun at {fetch.commits} commits was accepted at {self.commits}"
@@ -251,6 +261,7 @@ class Ledger(Shared):
     def note_adopted(self, decoded: Any, position: Position) -> None:
         if position in self.positions:
             self.positions[position].loaded = True
+            self.note_named(position)
         else:
             self.world.fail(f"unique: {_name(position)} was adopted, and nobody published it")
         flags = decoded.definitions["flags"]

@@ -49,6 +49,10 @@ class WatchedPage(page.ControlPage):
         super().write_grant(grant)
         self._ledger.note_grant(self, grant)
 
+    def accept_snapshot(self, header: snapshot.Header) -> None:
+        super().accept_snapshot(header)
+        self._ledger.note_named(header.position)
+
     def accept_unchanged(self, wall_ns: int) -> None:
         super().accept_unchanged(wall_ns)
         self._ledger.note_unchanged(self.position())

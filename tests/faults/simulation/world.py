@@ -54,6 +54,8 @@ class Process(Shared):
         self.cache: Any = None
         self.client: Any = None
         self.files: dict[int, tuple[int, Description]] = {}
+        # What the lock's module notes of its open descriptors: a global, so each process has its own.
+        self.opened: dict[int, int] = {}
         # The stamp of the newest publication that its cache has handed out.
         self.handed_stamp = -1
         # The incarnations of the pages that it has mapped, ever.
@@ -79,6 +81,7 @@ class Process(Shared):
         Were the parent to lock it after the fork and to be killed before it unlocks, the child would
         hold the lock until it ends. Nothing in the child can know of it.
         """
+        self.opened = dict(parent.opened)
         for number, (real, description) in parent.files.items():
             if description.locked:
                 self.files[number] = (os.dup(real), description)
