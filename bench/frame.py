@@ -20,6 +20,7 @@ QUESTIONS = (
     "memory",
     "propagation",
     "failover",
+    "watching",
     "growth",
     "cluster",
 )

@@ -230,7 +230,12 @@ class Ledger(Shared):
 
     def note_unchanged(self, position: Position) -> None:
         """A fetch was accepted that brought what stands at `position`."""
-        fetch = self.world.running().publishing
+        task = self.world.running()
+        fetch = task.publishing
+        if self._page(task.process) is None:
+            self.lost_commits += 1
+            self.world.note(f"confirmed on a page that is lost: {_name(position)}")
+            return
         self._commit(fetch, position, "confirmed")
         if position in self.positions:
             self.positions[position].stamp = max(self.positions[position].stamp, fetch.stamp)
