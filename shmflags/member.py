@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from shmflags import codec, page_file
 from shmflags.election import Election
 from shmflags.journal import Journal
-from shmflags.page import ControlPage, Fence
+from shmflags.page import ControlPage, Fence, Lease
 from shmflags.processes import NOBODY, Host, Identity
 from shmflags.runtime_dir import locate
 from shmflags.settings import Settings
 from shmflags.snapshot import Position, Signature
+
+_LOOK_NS = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Member:
         self._journal = journal
         self._page: ControlPage | None = None
         self._slot = -1
+        # What `finds_vacancy` found last, of which leader, and for how long that will do.
+        self._vacancy = False
+        self._looked_at = 0
+        self._looked_until_ns = 0
 
     @property
     def known_page(self) -> ControlPage | None:
@@ -148,6 +154,19 @@ class Member:
                 self._settings.electable,
                 held,
             )
+
+    def finds_vacancy(self, attached: ControlPage, lease: Lease) -> bool:
+        """For a watcher, without the lock: whether we may lead.
+
+        A leader's death is looked for a few times a second only: in a process at rest the look at
+        /proc costs more than all the rest.
+        """
+        now_ns = self.host.now_ns()
+        lives_on = lease.token and lease.token == self._looked_at and now_ns < lease.deadline_ns
+        if not lives_on or now_ns >= self._looked_until_ns:
+            self._vacancy = self.election.may_lead(attached)
+            self._looked_at, self._looked_until_ns = lease.token, now_ns + _LOOK_NS
+        return self._vacancy
 
     def note_loaded(self, attached: ControlPage, position: Position) -> None:
         attached.workers.note_loaded(self._slot, self.token, position)

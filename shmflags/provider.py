@@ -403,7 +403,7 @@ class SharedMemoryFlagCache:
             member.lock.release()
         if self._settings.electable:
             lease = page.lease()
-            if lease.token != member.token and member.election.may_lead(page):
+            if lease.token != member.token and member.finds_vacancy(page, lease):
                 return ("vacant", lease.term)
         return None
 

@@ -16,7 +16,6 @@ import hashlib
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,7 +131,11 @@ def locate(directory: str | os.PathLike[str] | None, service_key: str, uid: int)
     if named is not None:
         return RuntimeDir(Path(os.path.abspath(named)), uid, service_key, explicit=True)
     shm = Path("/dev/shm")
-    base = shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    if os.access(shm, os.W_OK | os.X_OK):
+        return RuntimeDir(shm, uid, service_key, explicit=False)
+    import tempfile
+
+    base = Path(tempfile.gettempdir())
     return RuntimeDir(base, uid, service_key, explicit=False)
 
 

@@ -249,6 +249,17 @@ def start_child(function: Callable[..., Any], *arguments: Any) -> tuple[int, int
         os._exit(0)
 
 
+def take_all(number: int, take: Callable[[], object]) -> None:
+    """Take and take, until the system refuses with this error."""
+    while True:
+        try:
+            take()
+        except OSError as error:
+            if error.errno != number:
+                raise
+            return
+
+
 # -- what only root may do, in a child
 
 _CLONE_NEWNS = 0x00020000

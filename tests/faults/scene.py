@@ -12,7 +12,15 @@ from shmflags import snapshot
 from shmflags.page import PAGE_BYTES
 from shmflags.processes import Host, Identity
 from shmflags.worker_table import TABLE_WORDS
-from tests.faults.harness import Api, Poller, control_page, page_words, runtime_dir, temporary_files
+from tests.faults.harness import (
+    Api,
+    Poller,
+    control_page,
+    page_words,
+    runtime_dir,
+    stamp_on_disk,
+    temporary_files,
+)
 from tests.manual_host import Machine, ManualHost
 
 ROUNDS = 30  # polls, half an interval apart, within which all must be well again
@@ -141,3 +149,36 @@ class Scene:
             self.put(name, bytes(content))
 
         return damage
+
+
+def small(scene: Scene) -> None:
+    """The next definitions take some 2 KB."""
+    scene.api.padding = 400
+    scene.api.change()
+
+
+def large(scene: Scene, size: int) -> None:
+    """The next definitions take some `size` bytes."""
+    scene.api.padding = size // scene.api.flags
+    scene.api.change()
+
+
+def poll_all(scene: Scene, rounds: int = 4) -> list[int | None]:
+    """What the workers hold after some polls in which nobody fell behind what is served."""
+    for _ in range(rounds):
+        scene.machine.pass_time(0.5)
+        after = [poller.poll() for poller in scene.group]
+        assert min(stamp or 0 for stamp in after) >= (stamp_on_disk(scene.base) or 0)
+    return after
+
+
+def fetch_in_vain(scene: Scene) -> None:
+    """Poll until one worker has fetched what cannot be shared; the others hold what is served."""
+    known, new = scene.api.stamp - 1, scene.api.stamp
+    for _ in range(10):
+        scene.machine.pass_time(0.5)
+        held = [poller.poll() for poller in scene.group]
+        if new in held:
+            assert sorted(stamp or 0 for stamp in held) == [known] * (len(held) - 1) + [new]
+            return
+    raise AssertionError(f"nobody fetched; the workers hold {held}")

@@ -1,28 +1,20 @@
 """A worker killed at any step: a survivor repairs what it left, and leads.
 
-The product has no fault points. The victim is a forked child that traces itself and sends itself
-SIGKILL at the n-th step, for every n. A step is what can leave a trace: before and after each system
-call that changes something, and before each store into a word of the page.
+The victim is a forked child that sends itself SIGKILL at the n-th step (stepper.py), for every n.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import dis
 import os
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
 import pytest
 
-import shmflags
 from tests.faults.harness import (
     Api,
     Ear,
@@ -34,86 +26,17 @@ from tests.faults.harness import (
     stamp_on_disk,
     temporary_files,
 )
+from tests.faults.stepper import Stepper, package_code
 
 INTERVAL_S = 0.002
 NEVER_S = 7 * 24 * 3600.0  # nobody gets anywhere by waiting: only proof of death frees the lease
-CHANGING_CALLS = {
-    *("open", "close", "write", "pwrite", "ftruncate", "fchmod", "chmod", "flock"),
-    *("mkdir", "rmdir", "link", "unlink", "rename", "replace"),
-}
-_PACKAGE = os.path.dirname(shmflags.__file__) + os.sep
-
 
 # -- stepping
 
 
-class Stepper:
-    """Counts the steps of what runs while it traces, and kills this process at one of them.
-
-    That is step `last`, or the return from the system call `after`.
-    """
-
-    def __init__(self, last: int | None = None, *, after: str = "") -> None:
-        self.steps = 0
-        self._last = last
-        self._after = after
-
-    def run(self, action: Callable[[], object]) -> None:
-        _ask_for_opcodes()
-        sys.settrace(self._enter)
-        sys.setprofile(self._profile)
-        try:
-            action()
-        finally:
-            sys.setprofile(None)
-            sys.settrace(None)
-
-    def _enter(self, frame: FrameType, event: str, argument: object) -> Any:
-        if not frame.f_code.co_filename.startswith(_PACKAGE) or not _stores(frame.f_code):
-            return None
-        frame.f_trace_opcodes = True
-        return self._opcode
-
-    def _opcode(self, frame: FrameType, event: str, argument: object) -> Any:
-        if event == "opcode" and frame.f_lasti in _stores(frame.f_code):
-            self._step()
-        return self._opcode
-
-    def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event in ("c_call", "c_return") and argument.__name__ in CHANGING_CALLS:
-            self._step()
-            if event == "c_return" and argument.__name__ == self._after:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def _step(self) -> None:
-        self.steps += 1
-        if self.steps == self._last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _ask_for_opcodes() -> None:
-    """Since 3.12 opcodes are traced only once a traced frame asked for them, and from the next on."""
-
-    def ask(frame: FrameType, event: str, argument: object) -> Any:
-        frame.f_trace_opcodes = True
-        return ask
-
-    sys.settrace(ask)
-    (lambda: None)()
-    sys.settrace(None)
-
-
-@cache
-def _stores(code: CodeType) -> frozenset[int]:
-    return frozenset(
-        instruction.offset
-        for instruction in dis.get_instructions(code)
-        if instruction.opname == "STORE_SUBSCR"
-    )
-
-
 def steps_of(victim: Victim) -> int:
     """How many steps the victim's action takes when nothing stops it."""
+    assert package_code()  # so that the children find it looked up
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -13,7 +13,7 @@ import pytest
 
 from shmflags import election, file_lock, provider, publication
 from shmflags.page import Fence, Lease
-from tests.faults.simulation import FAULTS, Schedule, simulate
+from tests.faults.simulation import FAULTS, Schedule, simulate, strike
 
 FILE = "tests/faults/test_simulation.py"
 
@@ -58,6 +58,24 @@ def test_no_schedule_breaks_an_invariant(share: int, request: pytest.FixtureRequ
         assert drops > 0, "others were dropped"
 
 
+@pytest.mark.parametrize(
+    ("later", "attached"), [(False, "none"), (True, "none"), (True, "all")], ids=str
+)
+@pytest.mark.parametrize("fault", ["kill", "stop", "fork", "page", "snapshot", "directory", "disk"])
+def test_a_fault_at_every_step_of_a_poll(fault: str, later: bool, attached: str) -> None:
+    """Each fault at each step of the first fetch, and of a change: another worker copes with what is left."""
+    step = 1
+    while True:
+        schedule = strike(fault, step, later=later, attached=attached)
+        if schedule.world.failure:
+            schedule = strike(fault, step, later=later, attached=attached, verbose=True)
+            pytest.fail("\n".join(schedule.trace), pytrace=False)
+        if not schedule.was_struck:
+            break
+        step += 1
+    assert step > 100, "the poll was stepped through"
+
+
 def test_a_seed_is_a_schedule() -> None:
     """A seed that is run again does the same, step by step."""
     for seed in range(20):
@@ -100,6 +118,10 @@ def _ignoring_jumps(lease: Lease, now_ns: int, is_dead: Callable[..., bool]) -> 
     return "it was to be had" if gone else None
 
 
+def _nothing(*_: Any) -> None:
+    return None
+
+
 PLANTED: dict[str, list[tuple[Any, str, Any]]] = {
     "no fencing": [(election, "may_publish", _always)],
     "generation from the page alone": [
@@ -109,6 +131,7 @@ PLANTED: dict[str, list[tuple[Any, str, Any]]] = {
     "ETag ignored": [(election, "_trusts", _always)],
     "grants without pause": [(election, "is_due", _always)],
     "lock on a file that was replaced": [(file_lock.FileLock, "guards_its_path", _always)],
+    "a child keeps the locks of its parent": [(provider, "abandon_inherited", _nothing)],
     "a deadline far ahead is believed": [(election, "why_takeable", _ignoring_jumps)],
 }
 

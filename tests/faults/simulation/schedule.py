@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .client import Server
@@ -24,15 +25,21 @@ from .world import SECOND_NS, Process, Task, World
 
 
 class Schedule:
-    """One seed, run in `directory`."""
+    """One seed, run in `directory`; by a plan that is drawn from it, if none is given."""
 
     def __init__(
-        self, seed: int, directory: Path, *, verbose: bool = False, knows_start_times: bool = True
+        self,
+        seed: int,
+        directory: Path,
+        *,
+        plan: Plan | None = None,
+        verbose: bool = False,
+        knows_start_times: bool = True,
     ) -> None:
         self.seed = seed
         self.world = World(seed, verbose=verbose)
         self.random = self.world.random
-        self.plan = Plan.of(self.random)
+        self.plan = plan or Plan.of(self.random)
         self.ledger = Ledger(self.world, int(INTERVAL_S * SECOND_NS))
         self.server = Server(self.world, self.ledger, self.plan.etags, self.plan.contents)
         self.disk = Disk()
@@ -177,10 +184,17 @@ def simulate(
     `verbose` traces each suspension; `knows_start_times=False` is a host that takes a pid for a
     process; `told` is called with the schedule before it runs.
     """
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="shmflags-simulation-", dir=base) as path:
-        schedule = Schedule(seed, Path(path), verbose=verbose, knows_start_times=knows_start_times)
+    with own_directory() as path:
+        schedule = Schedule(seed, path, verbose=verbose, knows_start_times=knows_start_times)
         if told is not None:
             told(schedule)
         schedule.run()
     return schedule
+
+
+@contextmanager
+def own_directory() -> Iterator[Path]:
+    """A directory in memory, if there is such a thing, for the length of the block."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="shmflags-simulation-", dir=base) as path:
+        yield Path(path)
