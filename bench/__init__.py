@@ -29,6 +29,7 @@ A contestant is a module of `bench.contestants` with a `make(place, poll_interva
 PostHog `FlagDefinitionCacheProvider`; `place` says where its files or its server are.
 
 Nothing is measured in the process that draws the progress bar. `processes.Process` is a fresh
-interpreter in which named functions are called; the API's stand-in, `DefinitionsServer`, runs in this
-process, which otherwise sleeps. `redis_server.RedisServer` is a Redis of our own.
+interpreter in which named functions are called; `rounds.in_turn` takes samples of all contestants in
+turn; the API's stand-in, `DefinitionsServer`, runs in this process, which otherwise sleeps.
+`redis_server.RedisServer` is a Redis of our own.
 """

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
 from bench import contestants, poll, publish
 from bench.frame import OURS, Measurement, Options, Plot, Results, Row, Step
 from bench.processes import Process
-from bench.roles import LONG_S
+from bench.rounds import in_turn, place_for, publisher
 
 TITLE = "Growth"
 _RIVALS = ("redis", "lmdb")
@@ -23,18 +22,16 @@ _CASES = {
 
 def steps(options: Options) -> list[Step]:
     names = [name for name in contestants.available() if name in (OURS, *_RIVALS)]
-    runs = options.runs(7)
-    cases = {"poll": poll.client_polls, "one changed": poll.changes, "publish": publish.publishes}
+    cases = {"client": poll.client_polls, "change": poll.changes, "publish": publish.publishes}
     counts = (1, 4) if options.quick else (1, 4, 16, 64)
     return [
         *(
             Step(
-                f"{case}, {flags:,} flags, {name}",
-                partial(_as_growth, partial(measure, name, flags, runs)),
+                f"{case}, {flags:,} flags",
+                partial(in_turn, "growth", case, prepare, names, flags, options.runs(7)),
             )
             for flags in options.sizes(10, 100, 1000, 5000, 20_000)
-            for name in names
-            for case, measure in cases.items()
+            for case, prepare in cases.items()
         ),
         *(
             Step(f"poll among {workers} workers", partial(among, workers, options.runs(15)))
@@ -43,28 +40,26 @@ def steps(options: Options) -> list[Step]:
     ]
 
 
-def _as_growth(measure: partial[Iterator[Measurement]]) -> Iterable[Measurement]:
-    return [dataclasses.replace(found, question="growth") for found in measure()]
-
-
 def among(workers: int, runs: int) -> Iterator[Measurement]:
     """A follower's poll while so many workers share the cache."""
     flags = 100
     with ExitStack() as stack:
-        place = poll.place_for(stack, OURS)
-        publisher, master = stack.enter_context(Process()), stack.enter_context(Process())
-        publisher.call("bench.roles:open_provider", contestant=OURS, place=place)
-        publisher.call("bench.roles:publish_first", flags=flags)
+        place = place_for(stack, OURS)
+        publisher(stack, OURS, place, flags)
+        master = stack.enter_context(Process())
         master.call("bench.fleet:prepare", contestant=OURS)
         master.fork(workers)
-        master.call_workers(
-            "bench.roles:open_provider", contestant=OURS, place=place, poll_interval_s=LONG_S
-        )
+        master.call_workers("bench.roles:open_provider", contestant=OURS, place=place)
         master.call_workers("bench.roles:open_client", url="http://127.0.0.1:9", flags=flags)
-        found = master.call(
-            "bench.fleet:call", number=0, function="bench.roles:time_client_polls", runs=runs, calls=100
+        poll_one = partial(
+            master.call,
+            "bench.fleet:call",
+            number=0,
+            function="bench.roles:time_client_polls",
+            calls=100,
         )
-        yield Measurement("growth", "among", OURS, "s", tuple(found), flags, workers)
+        found = [poll_one() for _ in range(runs + 1)]
+        yield Measurement("growth", "among", OURS, "s", tuple(found[1:]), flags, workers)
 
 
 def rows(results: Results) -> list[Row]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from bench import contestants, data
 from bench.frame import Goal, Measurement, Options, Results, Row, Step
-from bench.poll import place_for
 from bench.processes import Process
+from bench.rounds import place_for
 from shmflags.demo.server import DefinitionsServer
 
 TITLE = "Memory that definitions add to a worker"

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
 from bench import contestants
-from bench.contestants import Place
 from bench.data import make
-from bench.frame import OURS, Goal, Measurement, Options, Results, Row, Step
-from bench.processes import Process, processes, scratch_directory
-from bench.redis_server import redis_server
+from bench.frame import OURS, Goal, Options, Results, Row, Step
+from bench.processes import Process
 from bench.roles import LONG_S
+from bench.rounds import Sample, calls_per_sample, in_turn, place_for, publisher
 from shmflags.demo.server import DefinitionsServer
 
 TITLE = "A poll"
-_BIG = 5000
 ROUNDS_S = 0.2
 """Our poll interval where one change is published after the other: without a grant it is dropped."""
+
+_BIG = 5000
 
 
 def steps(options: Options) -> list[Step]:
@@ -26,81 +25,88 @@ def steps(options: Options) -> list[Step]:
     providers = [name for name in names if name != "sdk"]
     sizes = options.sizes(100, 1000, 5000)
     cases = [
-        ("SDK poll", client_polls, names, sizes, 15),
-        ("two calls", calls, providers, sizes, 15),
-        ("one flag changed", changes, providers, sizes, 15),
-        ("first read", first_reads, providers, sizes[-1:], 9),
+        ("client", client_polls, names, sizes, 15),
+        ("calls", follower_calls, providers, sizes, 15),
+        ("leader's calls", leader_calls, [name for name in names if name == OURS], sizes, 15),
+        ("change", changes, providers, sizes, 15),
+        ("first", first_reads, providers, sizes[-1:], 11),
     ]
     return [
-        Step(f"{case}, {flags:,} flags, {name}", partial(measure, name, flags, options.runs(runs)))
-        for case, measure, contestants_, sizes_, runs in cases
+        Step(
+            f"{case}, {flags:,} flags",
+            partial(in_turn, "poll", case, prepare, names_, flags, options.runs(runs)),
+        )
+        for case, prepare, names_, sizes_, runs in cases
         for flags in sizes_
-        for name in contestants_
     ]
 
 
-def client_polls(name: str, flags: int, runs: int) -> Iterator[Measurement]:
+def client_polls(stack: ExitStack, name: str, flags: int) -> Sample:
     """`_load_feature_flags` of a follower, or of an SDK alone that is answered with 304."""
-    with ExitStack() as stack:
-        place = place_for(stack, name)
-        server = stack.enter_context(DefinitionsServer(make(flags)))
-        publisher, follower = stack.enter_context(processes(2))
-        if name != "sdk":
-            publisher.call("bench.roles:open_provider", contestant=name, place=place)
-            publisher.call("bench.roles:publish_first", flags=flags)
-        follower.call("bench.roles:open_provider", contestant=name, place=place)
-        follower.call("bench.roles:open_client", url=server.url, flags=flags)
-        quick = follower.call("bench.roles:time_client_polls", runs=1, calls=1)[0]
-        found = follower.call("bench.roles:time_client_polls", runs=runs, calls=_calls(quick))
+    place = place_for(stack, name)
+    server = stack.enter_context(DefinitionsServer(make(flags)))
+    if name != "sdk":
+        publisher(stack, name, place, flags)
+    follower = stack.enter_context(Process())
+    follower.call("bench.roles:open_provider", contestant=name, place=place)
+    follower.call("bench.roles:open_client", url=server.url, flags=flags)
+    calls = calls_per_sample(follower.call("bench.roles:time_client_polls", calls=1))
+
+    def sample(_: int) -> float:
+        seconds: float = follower.call("bench.roles:time_client_polls", calls=calls)
         if name != "sdk" and server.count:
-            raise RuntimeError(f"{name}: the API was asked {server.count} times by a follower")
-        yield Measurement("poll", "client", name, "s", tuple(found), flags)
+            raise RuntimeError(f"{name}: a follower asked the API {server.count} times")
+        return seconds
+
+    return sample
 
 
-def calls(name: str, flags: int, runs: int) -> Iterator[Measurement]:
-    """The provider's two calls, of a follower; and ours of the leader as well."""
-    with ExitStack() as stack:
-        place = place_for(stack, name)
-        publisher, follower = stack.enter_context(processes(2))
-        _publish(publisher, name, place, flags)
-        follower.call("bench.roles:open_provider", contestant=name, place=place)
-        follower.call("bench.roles:follow", flags=flags)
-        quick = follower.call("bench.roles:time_calls", runs=1, calls=1)[0]
-        found = follower.call("bench.roles:time_calls", runs=runs, calls=_calls(quick))
-        yield Measurement("poll", "calls", name, "s", tuple(found), flags)
-        if name == OURS:
-            led = publisher.call("bench.roles:time_calls", runs=runs, calls=_calls(quick))
-            yield Measurement("poll", "leader's calls", name, "s", tuple(led), flags)
+def follower_calls(stack: ExitStack, name: str, flags: int) -> Sample:
+    """The provider's two calls, of a follower."""
+    place = place_for(stack, name)
+    publisher(stack, name, place, flags)
+    follower = stack.enter_context(Process())
+    follower.call("bench.roles:open_provider", contestant=name, place=place)
+    follower.call("bench.roles:follow", flags=flags)
+    calls = calls_per_sample(follower.call("bench.roles:time_calls", calls=1))
+    return lambda _: float(follower.call("bench.roles:time_calls", calls=calls))
 
 
-def changes(name: str, flags: int, runs: int) -> Iterator[Measurement]:
+def leader_calls(stack: ExitStack, name: str, flags: int) -> Sample:
+    """The provider's two calls, of the leader, while no fetch is due."""
+    leader = publisher(stack, name, place_for(stack, name), flags)
+    calls = calls_per_sample(leader.call("bench.roles:time_calls", calls=1))
+    return lambda _: float(leader.call("bench.roles:time_calls", calls=calls))
+
+
+def changes(stack: ExitStack, name: str, flags: int) -> Sample:
     """A follower's `get_flag_definitions` after one flag has changed."""
-    with ExitStack() as stack:
-        place = place_for(stack, name)
-        publisher, follower = stack.enter_context(processes(2))
-        _publish(publisher, name, place, flags, ROUNDS_S if name == OURS else LONG_S)
-        publisher.call("bench.roles:prepare_variants", flags=flags, count=3)
-        follower.call("bench.roles:open_provider", contestant=name, place=place)
-        follower.call("bench.roles:follow", flags=flags)
-        found = []
-        for number in range(runs):
-            publisher.call("bench.roles:publish_variant", number=number)
-            found.append(follower.call("bench.roles:timed_read"))
-        yield Measurement("poll", "change", name, "s", tuple(found), flags)
+    place = place_for(stack, name)
+    interval_s = ROUNDS_S if name == OURS else LONG_S
+    leader = publisher(stack, name, place, flags, poll_interval_s=interval_s)
+    leader.call("bench.roles:prepare_variants", flags=flags, count=3)
+    follower = stack.enter_context(Process())
+    follower.call("bench.roles:open_provider", contestant=name, place=place)
+    follower.call("bench.roles:follow", flags=flags)
+
+    def sample(number: int) -> float:
+        leader.call("bench.roles:publish_variant", number=number)
+        return float(follower.call("bench.roles:timed_read"))
+
+    return sample
 
 
-def first_reads(name: str, flags: int, runs: int) -> Iterator[Measurement]:
+def first_reads(stack: ExitStack, name: str, flags: int) -> Sample:
     """The first `get_flag_definitions` of a fresh process."""
-    with ExitStack() as stack:
-        place = place_for(stack, name)
-        publisher = stack.enter_context(Process())
-        _publish(publisher, name, place, flags)
-        found = []
-        for _ in range(runs):
-            with Process() as follower:
-                follower.call("bench.roles:open_provider", contestant=name, place=place)
-                found.append(follower.call("bench.roles:timed_first_read", flags=flags))
-        yield Measurement("poll", "first", name, "s", tuple(found), flags)
+    place = place_for(stack, name)
+    publisher(stack, name, place, flags)
+
+    def sample(_: int) -> float:
+        with Process() as follower:
+            follower.call("bench.roles:open_provider", contestant=name, place=place)
+            return float(follower.call("bench.roles:timed_first_read", flags=flags))
+
+    return sample
 
 
 def rows(results: Results) -> list[Row]:
@@ -129,22 +135,3 @@ def rows(results: Results) -> list[Row]:
         values = results.medians("poll", "first", flags=flags)
         found.append(Row(f"a process's first read, {flags:,} flags", "s", values, goals=goals))
     return found
-
-
-def _calls(seconds: float) -> int:
-    """So many calls make a sample of some milliseconds, if one takes `seconds`."""
-    return max(1, min(500, int(0.005 / seconds)))
-
-
-def place_for(stack: ExitStack, name: str) -> dict[str, str]:
-    url = stack.enter_context(redis_server()) if name == "redis" else ""
-    return Place(stack.enter_context(scratch_directory()), url).to_json()
-
-
-def _publish(
-    publisher: Process, name: str, place: dict[str, str], flags: int, poll_interval_s: float = LONG_S
-) -> None:
-    publisher.call(
-        "bench.roles:open_provider", contestant=name, place=place, poll_interval_s=poll_interval_s
-    )
-    publisher.call("bench.roles:publish_first", flags=flags)

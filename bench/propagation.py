@@ -11,8 +11,8 @@ from typing import Any
 
 from bench import contestants, data
 from bench.frame import Measurement, Options, Results, Row, Step
-from bench.poll import place_for
 from bench.processes import Process
+from bench.rounds import place_for
 from shmflags.demo.server import DefinitionsServer
 
 TITLE = "A change reaches 8 workers, poll interval 1 s"

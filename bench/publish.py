@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
 from bench import contestants
-from bench.frame import OURS, Goal, Measurement, Options, Results, Row, Step
-from bench.poll import ROUNDS_S, place_for
+from bench.frame import OURS, Goal, Options, Results, Row, Step
+from bench.poll import ROUNDS_S
 from bench.processes import Process
 from bench.roles import LONG_S
+from bench.rounds import Sample, in_turn, place_for, publisher
 
 TITLE = "A publish"
 _ALONE = "json.dumps"
@@ -18,44 +18,30 @@ _VARIANTS = 4
 
 
 def steps(options: Options) -> list[Step]:
+    names = [_ALONE, *(name for name in contestants.available() if name != "sdk")]
     runs = options.runs(15)
-    providers = [name for name in contestants.available() if name != "sdk"]
-    sizes = options.sizes(1000, 5000)
     return [
-        *(
-            Step(f"json.dumps alone, {flags:,} flags", partial(dumps_alone, flags, runs))
-            for flags in sizes
-        ),
-        *(
-            Step(f"publish, {flags:,} flags, {name}", partial(publishes, name, flags, runs))
-            for flags in sizes
-            for name in providers
-        ),
+        Step(
+            f"publish, {flags:,} flags",
+            partial(in_turn, "publish", "publish", publishes, names, flags, runs),
+        )
+        for flags in options.sizes(1000, 5000)
     ]
 
 
-def publishes(name: str, flags: int, runs: int) -> Iterator[Measurement]:
-    """`on_flag_definitions_received` with one flag that differs from what was published last."""
-    with ExitStack() as stack:
-        place = place_for(stack, name)
-        publisher = stack.enter_context(Process())
+def publishes(stack: ExitStack, name: str, flags: int) -> Sample:
+    """`on_flag_definitions_received` with one flag that differs from what was published last.
+
+    The yardstick is `json.dumps` of the same, and nothing else.
+    """
+    if name == _ALONE:
+        process = stack.enter_context(Process())
+    else:
         interval_s = ROUNDS_S if name == OURS else LONG_S
-        publisher.call(
-            "bench.roles:open_provider", contestant=name, place=place, poll_interval_s=interval_s
-        )
-        publisher.call("bench.roles:publish_first", flags=flags)
-        publisher.call("bench.roles:prepare_variants", flags=flags, count=_VARIANTS)
-        found = [
-            publisher.call("bench.roles:publish_variant", number=number) for number in range(runs + 1)
-        ]
-        yield Measurement("publish", "publish", name, "s", tuple(found[1:]), flags)
-
-
-def dumps_alone(flags: int, runs: int) -> Iterator[Measurement]:
-    """The yardstick: `json.dumps` of the same, and nothing else."""
-    with Process() as process:
-        found = process.call("bench.roles:dump_variants", flags=flags, count=_VARIANTS, runs=runs)
-        yield Measurement("publish", "publish", _ALONE, "s", tuple(found), flags)
+        process = publisher(stack, name, place_for(stack, name), flags, poll_interval_s=interval_s)
+    process.call("bench.roles:prepare_variants", flags=flags, count=_VARIANTS)
+    function = "dump_variant" if name == _ALONE else "publish_variant"
+    return lambda number: float(process.call(f"bench.roles:{function}", number=number))
 
 
 def rows(results: Results) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import random
 import time
@@ -32,30 +33,11 @@ class _Here:
 _here = _Here()
 
 
-def samples(function: Callable[[], object], runs: int, *, warm_up: int = 1) -> list[float]:
-    """Seconds that each of `runs` calls took. What a call returns is freed outside of the time."""
-    for _ in range(warm_up):
-        function()
-    found = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        result = function()
-        found.append(time.perf_counter() - start)
-        del result
-    return found
-
-
-def batches(function: Callable[[], object], runs: int, calls: int) -> list[float]:
-    """Like `samples`, of something short: each sample is the mean of `calls` calls."""
+def _mean_time(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
     for _ in range(calls):
         function()
-    found = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        found.append((time.perf_counter() - start) / calls)
-    return found
+    return (time.perf_counter() - start) / calls
 
 
 def open_provider(contestant: str, place: dict[str, str], poll_interval_s: float = LONG_S) -> None:
@@ -109,19 +91,14 @@ def publish_variant(number: int) -> float:
     return time.perf_counter() - start
 
 
-def dump_variants(flags: int, count: int, runs: int) -> list[float]:
-    """The seconds that `json.dumps` alone takes for each of them."""
-    import json
-
-    prepare_variants(flags, count)
-    found = []
-    for number in range(runs):
-        variant = _here.variants[number % len(_here.variants)]
-        start = time.perf_counter()
-        text = json.dumps(variant)
-        found.append(time.perf_counter() - start)
-        del text
-    return found
+def dump_variant(number: int) -> float:
+    """The seconds that `json.dumps` alone takes for one of them."""
+    variant = _here.variants[number % len(_here.variants)]
+    start = time.perf_counter()
+    text = json.dumps(variant)
+    seconds = time.perf_counter() - start
+    del text  # Freed outside of the time.
+    return seconds
 
 
 def follow(flags: int) -> None:
@@ -158,15 +135,15 @@ def timed_first_read(flags: int) -> float:
     return seconds
 
 
-def time_calls(runs: int, calls: int) -> list[float]:
-    """Seconds per poll that the provider's two calls take while nothing changes."""
+def time_calls(calls: int) -> float:
+    """Seconds per poll that the provider's two calls take while nothing changes, the mean of some."""
 
     def poll() -> None:
         if _here.provider.should_fetch_flag_definitions():
             raise RuntimeError("no fetch was to be due")
         _here.provider.get_flag_definitions()
 
-    return batches(poll, runs, calls)
+    return _mean_time(poll, calls)
 
 
 def open_client(url: str, flags: int, *, poll_interval_s: float = LONG_S, attach: bool = True) -> None:
@@ -189,9 +166,9 @@ def open_client(url: str, flags: int, *, poll_interval_s: float = LONG_S, attach
         raise RuntimeError("the client did not load what was published")
 
 
-def time_client_polls(runs: int, calls: int) -> list[float]:
-    """Seconds per poll of the SDK, `_load_feature_flags`, while nothing changes."""
-    return batches(_here.client._load_feature_flags, runs, calls)
+def time_client_polls(calls: int) -> float:
+    """Seconds per poll of the SDK, `_load_feature_flags`, while nothing changes, the mean of some."""
+    return _mean_time(_here.client._load_feature_flags, calls)
 
 
 def start_worker(

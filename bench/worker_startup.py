@@ -20,9 +20,9 @@ from typing import Any
 from bench import contestants, data
 from bench.contestants import TITLES
 from bench.frame import OURS, Goal, Measurement, Options, Results, Row, Step
-from bench.poll import place_for
 from bench.processes import Process
 from bench.report import amount
+from bench.rounds import place_for
 from shmflags.demo.server import DefinitionsServer
 
 TITLE = "The start of 32 workers, API at 200 ms"
