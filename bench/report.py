@@ -56,9 +56,10 @@ def from_json(text: str) -> tuple[Results, dict[str, Any]]:
 def table(results: Results, questions: Iterable[str], around: Mapping[str, Any]) -> str:
     """The table for a terminal: each value with its ratio to ours, and whether goals are met."""
     lines = [_heading(around), ""]
-    widths = [58, *[17] * len(TITLES)]
-    for name in questions:
-        rows = frame.question(name).rows(results)
+    found = {name: frame.question(name).rows(results) for name in questions}
+    widest = max((len(row.what) for rows in found.values() for row in rows), default=0)
+    widths = [widest + 2, *[17] * len(TITLES)]
+    for name, rows in found.items():
         if not rows:
             continue
         lines += [frame.question(name).TITLE, _columns(["", *TITLES.values()], widths)]
@@ -151,7 +152,7 @@ def _verdict(goal: Goal, row: Row) -> str:
         return f"goal: at most {amount(goal.limit, row.unit)}: {word}"
     theirs = row.values.get(goal.than, row.beside.get(goal.than))
     found = "" if theirs is None or not row.values.get(OURS) else f", {theirs / row.values[OURS]:,.2f}"
-    return f"goal: {TITLES.get(goal.than, goal.than)} takes at least {goal.times:,.3g} times ours{found}: {word}"
+    return f"goal: {TITLES.get(goal.than, goal.than)} takes at least {goal.times:,.1f} times ours{found}: {word}"
 
 
 def _heading(around: Mapping[str, Any]) -> str:

@@ -26,15 +26,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -55,33 +52,27 @@ _PLAIN_JSON_ONLY = {
 _WALKED_FIRST = 16 * 1024
 # So many new items are worth the collector's settling.
 _MANY = 100
-_READ_BYTES = 64 * 1024
 _PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Definitions as bytes, ready to be written: `index` then `items`."""
+class Encoded(NamedTuple):
+    """Definitions as bytes, ready to be written: `entries`, the index, then `items`; `size` is of both."""
 
     flag_count: int
     cohort_count: int
-    index: bytes
+    entries: bytes
     items: list[bytes]
     digest: bytes
-
-    @cached_property
-    def size(self) -> int:
-        """Bytes that index and items take."""
-        return len(self.index) + sum(map(len, self.items))
+    size: int
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """Definitions as objects, with each item's object by the digest of its bytes."""
+class Decoded(NamedTuple):
+    """Definitions as objects; `values` are the items' objects, one for each of the index's `entries`."""
 
     definitions: Definitions
     digest: bytes
-    items: dict[bytes, Any] = field(repr=False)
+    entries: bytes
+    values: list[Any]
 
 
 def digest_of(data: bytes | memoryview) -> bytes:
@@ -110,14 +101,15 @@ def encode(data: object, known: Decoded | None = None) -> tuple[Encoded, Decoded
     digests = [digest_of(item) for item in items]
     # msgpack also takes bytes and keys that are no strings; what a reader would refuse is
     # refused here. Bytes seen before were examined when they were first seen.
-    seen = known.items if known is not None else {}
+    seen = set(_digests(known.entries)) if known is not None else set()
     for number, digest in enumerate(digests):
         if digest not in seen:
             _require_plain(values[number], number, len(flags))
     index = b"".join(map(ENTRY.pack, map(len, items), digests))
     digest = content_digest(index, len(flags), len(cohorts))
-    encoded = Encoded(len(flags), len(cohorts), index, items, digest)
-    return encoded, Decoded(definitions, digest, dict(zip(digests, values, strict=True)))
+    size = len(index) + sum(map(len, items))
+    encoded = Encoded(len(flags), len(cohorts), index, items, digest, size)
+    return encoded, Decoded(definitions, digest, index, values)
 
 
 def decode(
@@ -133,22 +125,10 @@ def decode(
     `index` must have been checked against `digest`; each item is checked against its digest before it is decoded.
     Raises `DamagedSnapshotError` for anything that `encode` would not have written.
     """
-    seen = known.items if known is not None else {}
-    objects: dict[bytes, Any] = {}
-    values: list[Any] = []
-    offset = 0
-    items = _Items(len(body))
+    entries = bytes(index)
     with collector_paused():
-        for length, key in ENTRY.iter_unpack(index):
-            value = seen.get(key)
-            if value is None:
-                value = items.decode(body[offset : offset + length], length, key)
-            objects[key] = value
-            values.append(value)
-            offset += length
-        if len(objects.keys() - seen.keys()) >= _MANY:
-            _settle()
-        if offset != len(body) or len(values) != 1 + flag_count + cohort_count:
+        values = _values(entries, body, known)
+        if len(values) != 1 + flag_count + cohort_count:
             raise DamagedSnapshotError("index and payload do not fit each other")
         try:
             definitions: Definitions = dict(values[0])
@@ -157,7 +137,52 @@ def decode(
             _checked_shape(definitions)
         except (TypeError, ValueError, InvalidDefinitionsError) as error:
             raise DamagedSnapshotError(f"items of a wrong shape: {error}") from None
-    return Decoded(definitions, digest, objects)
+    return Decoded(definitions, digest, entries, values)
+
+
+def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any]:
+    """The objects of all items: those of `known` where the digests are the same, else decoded.
+
+    Most changes leave both ends of the index as they were; only what lies between is walked through.
+    """
+    old, old_values = (known.entries, known.values) if known is not None else (b"", [])
+    head = _common_bytes(len(old), len(entries), lambda end: old[:end] == entries[:end])
+    tail = _common_bytes(
+        len(old) - head, len(entries) - head, lambda length: old[-length:] == entries[-length:]
+    )
+    middle, old_middle = entries[head : len(entries) - tail], old[head : len(old) - tail]
+    first, after = head // ENTRY.size, len(old_values) - tail // ENTRY.size
+    seen = dict(zip(_digests(old_middle), old_values[first:after], strict=True))
+    values = old_values[:first]
+    offset = _total_length(entries[:head])
+    for length, digest in ENTRY.iter_unpack(middle):
+        value = seen.get(digest)
+        if value is None:
+            value = _unpack(body[offset : offset + length], length, digest)
+        values.append(value)
+        offset += length
+    if offset + _total_length(entries[len(entries) - tail :]) != len(body):
+        raise DamagedSnapshotError("index and payload do not fit each other")
+    if len(values) - first >= _MANY:
+        _settle()
+    return values + old_values[after:]
+
+
+def _common_bytes(old_size: int, new_size: int, same: Callable[[int], bool]) -> int:
+    """The most bytes, in whole entries, for which two indexes are the `same`."""
+    low, high = 0, min(old_size, new_size) // ENTRY.size
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if same(middle * ENTRY.size) else (low, middle - 1)
+    return low * ENTRY.size
+
+
+def _digests(entries: bytes) -> list[bytes]:
+    return [digest for _, digest in ENTRY.iter_unpack(entries)]
+
+
+def _total_length(entries: bytes) -> int:
+    return sum(length for length, _ in ENTRY.iter_unpack(entries))
 
 
 def _settle() -> None:
@@ -240,6 +265,8 @@ def _pack(value: Any, number: int, flag_count: int) -> bytes:
 
 def _pack_text(value: Any, number: int, flag_count: int) -> bytes:
     _require_plain(value, number, flag_count)
+    import json
+
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     packed: bytes = msgpack.packb(text, unicode_errors="surrogatepass")
     return packed
@@ -266,39 +293,26 @@ def _require_plain(value: Any, number: int, flag_count: int) -> None:
             )
 
 
-class _Items:
-    """Decodes items one after the other; with one unpacker for all, which is quicker than one for each."""
+def _unpack(item: memoryview, length: int, digest: bytes) -> Any:
+    if len(item) != length or digest_of(item) != digest:
+        raise DamagedSnapshotError("an item's bytes do not match its digest")
+    try:
+        if length > _WALKED_FIRST:
+            # Before 1.2.4 msgpack takes room for as many elements as an array claims to have, at each
+            # level of nesting; a walk finds the claim to be false and takes none.
+            walk = msgpack.Unpacker(max_buffer_size=length)
+            walk.feed(item)
+            walk.skip()
+        value = msgpack.unpackb(item, **_PLAIN_JSON_ONLY)
+        if type(value) is str:
+            import json
 
-    def __init__(self, total_bytes: int) -> None:
-        most = max(total_bytes, 1)
-        self._unpacker = msgpack.Unpacker(
-            read_size=min(_READ_BYTES, most), max_buffer_size=most, **_PLAIN_JSON_ONLY
-        )
-        self._end = 0
-
-    def decode(self, item: memoryview, length: int, digest: bytes) -> Any:
-        """The item's object. Raises `DamagedSnapshotError`, after which this is of no more use."""
-        if len(item) != length or digest_of(item) != digest:
-            raise DamagedSnapshotError("an item's bytes do not match its digest")
-        try:
-            if length > _WALKED_FIRST:
-                # Before 1.2.4 msgpack takes room for as many elements as an array claims to have, at
-                # each level of nesting; a walk finds the claim to be false and takes none.
-                walk = msgpack.Unpacker(max_buffer_size=length)
-                walk.feed(item)
-                walk.skip()
-            self._unpacker.feed(item)
-            value = self._unpacker.unpack()
-            self._end += length
-            if self._unpacker.tell() != self._end:
-                raise DamagedSnapshotError("an item is longer than what it holds")
-            if type(value) is str:
-                value = json.loads(value)
-        except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-            raise DamagedSnapshotError(f"an item cannot be decoded: {error}") from None
-        if value is None:
-            raise DamagedSnapshotError("an item is null")
-        return value
+            value = json.loads(value)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise DamagedSnapshotError(f"an item cannot be decoded: {error}") from None
+    if value is None:
+        raise DamagedSnapshotError("an item is null")
+    return value
 
 
 _pause_lock = threading.Lock()

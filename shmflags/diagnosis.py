@@ -9,7 +9,7 @@ may take, and a problem afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shmflags.page import Grant, Lease, LockHolder
 from shmflags.processes import Identity
@@ -26,8 +26,7 @@ _LEEWAY_NS = 2 * _SECOND_NS
 _LOCK_NS = _SECOND_NS
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """The page's records as they were read; times in CLOCK_MONOTONIC ns.
 
     `workers` are those that live, or may. `vacant` says that the lease may be taken, `holder_is_dead`
@@ -65,8 +64,7 @@ class View:
         return bool(self.workers) and not any(worker.electable for worker in self.workers)
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One sentence or two, and whether it is a problem or a note."""
 
     is_problem: bool

@@ -13,10 +13,9 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shmflags import runtime_dir, status
 from shmflags._version import __version__
@@ -35,8 +34,7 @@ _SEEN_POSTHOG = (7, 91)
 _HUMAN_UID = 1000
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One line: what was looked at, what was found, and (unless `ok`) what to do."""
 
     name: str
@@ -50,7 +48,7 @@ def as_dict(checks: list[Check]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "ok": all(check.verdict != WRONG for check in checks),
-        "checks": [vars(check) for check in checks],
+        "checks": [check._asdict() for check in checks],
     }
 
 
@@ -75,6 +73,12 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"#{uid}"
+
+
+def command_as(user: str, command: str, at: RuntimeDir) -> str:
+    """What to type for the same as another user, whose environment will not be ours."""
+    place = f" --directory {shlex.quote(str(at.base))}" if at.explicit else ""
+    return f"sudo -u {shlex.quote(user)} shmflags {command}{place}"
 
 
 def _versions() -> Check:
@@ -112,7 +116,7 @@ def _user(at: RuntimeDir) -> Check:
         NOTE,
         f"{text}; there are files of {', '.join(others)} too",
         "workers of one user share with each other: look at others' by "
-        f"sudo -u {shlex.quote(others[0])} shmflags doctor",
+        f"{command_as(others[0], 'doctor', at)}",
     )
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from shmflags.page import ControlPage, Fence, Grant, Lease
 from shmflags.processes import Host, Identity
@@ -76,13 +76,12 @@ def is_due(
 
 def may_publish(noted: Fence, current: Fence, *, serving: bool) -> bool:
     """Whether what was fetched under `noted` may still be published (rule 5)."""
-    if (noted.incarnation, noted.count) != (current.incarnation, current.count):
+    if (noted.incarnation, noted.publications) != (current.incarnation, current.publications):
         return False
     return noted.term == current.term or not serving
 
 
-@dataclass(frozen=True)
-class ClientState:
+class ClientState(NamedTuple):
     """What is known of this process's client when it polls.
 
     `received` is the digest of what it last received from the API (None: nothing yet, so it has no
@@ -94,8 +93,7 @@ class ClientState:
     attached: bool
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of a poll. `fence` is set if, and only if, a fetch was granted."""
 
     leads: bool
@@ -107,29 +105,37 @@ class Outcome:
 FOLLOW = Outcome(leads=False)
 
 
-@dataclass(frozen=True)
-class _Outstanding:
+class _Outstanding(NamedTuple):
     """A grant that must bring a publish (rules 6 and 7), and the thread that fetches."""
 
     thread: int
     at_ns: int
 
 
-@dataclass
 class Election:
     """One contender: one provider in one process. Not shared with forked children."""
 
-    host: Host
-    token: int
-    identity: Identity
-    interval_ns: int
-    lease_ns: int
-    max_term_ns: int
-    _leads: bool = False
-    _outstanding: _Outstanding | None = None
-    _abstain_until_ns: int = 0
-    _abstained_term: int = -1
-    _events: list[str] = field(default_factory=list)
+    def __init__(
+        self,
+        host: Host,
+        token: int,
+        identity: Identity,
+        *,
+        interval_ns: int,
+        lease_ns: int,
+        max_term_ns: int,
+    ) -> None:
+        self.host = host
+        self.token = token
+        self.identity = identity
+        self.interval_ns = interval_ns
+        self.lease_ns = lease_ns
+        self.max_term_ns = max_term_ns
+        self._leads = False
+        self._outstanding: _Outstanding | None = None
+        self._abstain_until_ns = 0
+        self._abstained_term = -1
+        self._events: list[str] = []
 
     def may_lead(self, page: ControlPage) -> bool:
         """Without the lock: whether `poll` has anything to do here. A hint."""

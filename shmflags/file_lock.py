@@ -11,8 +11,8 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from shmflags.errors import LockTimeoutError, PageReplacedError, UnsafePathError
 from shmflags.processes import Host
@@ -23,8 +23,7 @@ _RETRY_S = 0.001
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
-@dataclass(frozen=True)
-class Inode:
+class Inode(NamedTuple):
     """Which file it is, whatever its name."""
 
     device: int

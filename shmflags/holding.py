@@ -6,7 +6,7 @@ the parent's pages of memory, and its client has the parent's ETag.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shmflags import codec, publication, snapshot
 from shmflags.attachment import Attachment
@@ -20,9 +20,8 @@ from shmflags.snapshot import NOTHING, Position
 UNKNOWN_DIGEST = b"not to be compared"
 
 
-@dataclass(frozen=True)
-class Unshared:
-    """What this process fetched and could not publish; `count` is the publication count it had noted.
+class Unshared(NamedTuple):
+    """What this process fetched and could not publish; `publications` is the count of them that it had noted.
 
     It is newer than all that was published until then. Without a page there is no count to note.
     `token` is that of the member who tries again; a forked child does not, and may never be told when
@@ -30,7 +29,7 @@ class Unshared:
     """
 
     decoded: codec.Decoded
-    count: int | None
+    publications: int | None
     token: int
 
 
@@ -80,7 +79,10 @@ class Holding:
         unshared = self.unshared
         if unshared is None:
             return None
-        if page.is_serving() and (page.fence().count, token) != (unshared.count, unshared.token):
+        if page.is_serving() and (page.fence().publications, token) != (
+            unshared.publications,
+            unshared.token,
+        ):
             self.unshared = None
             return None
         return unshared.decoded

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
+from typing import TYPE_CHECKING
 
-logger = logging.getLogger("shmflags")
+from shmflags.errors import ShmFlagsError
+
+if TYPE_CHECKING:
+    import logging
 
 _REPEAT_S = 60.0
 
@@ -26,18 +29,9 @@ class Journal:
 
     def event(self, message: str, pid: int, term: int, generation: int) -> None:
         """Something happened, once: elected, yielded, published, …"""
-        logger.info("%s%s", message, self._where(pid, term, generation))
+        _logger().info("%s%s", message, self._where(pid, term, generation))
 
-    def trouble(
-        self,
-        what: str,
-        error: object,
-        pid: int,
-        term: int = 0,
-        generation: int = 0,
-        *,
-        level: int = logging.WARNING,
-    ) -> None:
+    def trouble(self, what: str, error: object, pid: int, term: int = 0, generation: int = 0) -> None:
         """Something is wrong, and may be wrong again at the next poll."""
         kind = f"{what}: {type(error).__name__}"
         now = time.monotonic()
@@ -49,18 +43,22 @@ class Journal:
             self._last[kind] = now
             repeats = self._held_back.pop(kind, 0)
         # An unforeseen error comes with its traceback: it is a bug, and its report is precious.
-        foreseen = not isinstance(error, Exception) or type(error).__module__ == "shmflags.errors"
-        logger.log(
-            level,
+        foreseen = not isinstance(error, Exception) or isinstance(error, (ShmFlagsError, OSError))
+        _logger().warning(
             "%s: %s%s%s",
             what,
-            error if foreseen else f"{type(error).__name__}: {error}",
+            f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error,
             f" (and {repeats} times more since the last such line)" if repeats else "",
             self._where(pid, term, generation),
-            exc_info=error
-            if isinstance(error, Exception) and not foreseen and not isinstance(error, OSError)
-            else None,
+            exc_info=error if isinstance(error, Exception) and not foreseen else None,
         )
 
     def _where(self, pid: int, term: int, generation: int) -> str:
         return f" [{self._service_key} pid {pid} term {term} generation {generation}]"
+
+
+def _logger() -> logging.Logger:
+    # Imported when there is something to say, so that importing this package is quick.
+    import logging
+
+    return logging.getLogger("shmflags")

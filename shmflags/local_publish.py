@@ -11,8 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from shmflags import codec, publication
 from shmflags.errors import (
@@ -23,7 +22,7 @@ from shmflags.errors import (
 )
 from shmflags.journal import Journal
 from shmflags.member import Member
-from shmflags.page import ControlPage, Fence
+from shmflags.page import ControlPage, Fence, Lease
 from shmflags.processes import Host, command_line
 from shmflags.publication import Result
 from shmflags.settings import Settings
@@ -39,8 +38,7 @@ class RefusedError(ShmFlagsError):
     """Another process leads, and would publish over what is published here."""
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """What came of it. `changed` is False if just this content was served already."""
 
     generation: int
@@ -57,6 +55,8 @@ def read_definitions(path: str) -> dict[str, Any]:
     """
     name = "stdin" if path == "-" else path
     if path == "-":
+        if sys.stdin is None:
+            raise InvalidDefinitionsError("is closed", path=name)
         data = sys.stdin.buffer.read()
     else:
         with open(path, "rb") as file:
@@ -117,6 +117,7 @@ class LocalPublisher:
         self._encoded: codec.Encoded | None = None
         self._tended: Signature | None = None
         self._renewed_ns = 0
+        self._fence: Fence | None = None
 
     def publish(self, definitions: dict[str, Any]) -> Published:
         """Take or keep the lease, and publish.
@@ -140,8 +141,14 @@ class LocalPublisher:
         encoded = self._encoded
         if encoded is None:
             return
+        lease = page.lease()
+        if self._was_deposed(page, lease):
+            raise RefusedError(
+                "another process has led meanwhile, and has left what it published",
+                remedy="start it again to publish the file in its place",
+            )
         if (
-            page.lease().token != self._member.token
+            lease.token != self._member.token
             or page.digest() != encoded.digest
             or publication.needs_tending(page, self._tended, None)
         ):
@@ -160,6 +167,16 @@ class LocalPublisher:
         except (OSError, LockTimeoutError, PageReplacedError):
             pass  # It runs out by itself, and a dead holder's may be taken at once.
 
+    def _was_deposed(self, page: ControlPage, lease: Lease) -> bool:
+        """Whether somebody led after us, who has gone; on a page that was made since, nobody did."""
+        last = self._fence
+        return (
+            last is not None
+            and last.incarnation == page.incarnation
+            and last.term != lease.term
+            and not lease.token
+        )
+
     def _lead(self, page: ControlPage) -> Fence:
         outcome = self._member.election.claim(page, force=self._force)
         if outcome.fence is None:
@@ -174,6 +191,7 @@ class LocalPublisher:
         # Only the first time: who deposes this publisher later means it.
         self._force = False
         self._renewed_ns = self._host.now_ns()
+        self._fence = outcome.fence
         return outcome.fence
 
     def _put(self, page: ControlPage, encoded: codec.Encoded) -> Published:
@@ -193,30 +211,18 @@ class LocalPublisher:
         )
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What a look at a file shows; another content shows another one."""
-
-    device: int
-    inode: int
-    size: int
-    modified_ns: int
-    changed_ns: int
-
-
-def look(path: str) -> _Look | None:
+def look(path: str) -> Signature | None:
     """None if there is no file. A link is followed: Kubernetes replaces files by moving links."""
     try:
-        info = os.stat(path)
+        return Signature.of(os.stat(path))
     except OSError:
         return None
-    return _Look(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
 def follow(
     publisher: LocalPublisher,
     path: str,
-    published: _Look | None,
+    published: Signature | None,
     say: Callable[[str], None],
     done: Callable[[Published], None],
     sleep: Callable[[float], None],
@@ -232,6 +238,7 @@ def follow(
     while True:
         sleep(LOOK_S)
         problem = ""
+        published_now: Published | None = None
         before, seen = seen, look(path)
         try:
             publisher.keep()
@@ -240,7 +247,7 @@ def follow(
             if seen is None:
                 last, problem = None, f"{path} is gone"
             else:
-                done(publisher.publish(read_definitions(path)))
+                published_now = publisher.publish(read_definitions(path))
                 last, said = seen, ""
         except RefusedError:
             raise
@@ -248,6 +255,9 @@ def follow(
             last, problem = seen, str(error)
         except (OSError, ShmFlagsError) as error:
             problem = str(error)  # Tried again at the next look.
+        # Here: that it cannot be told is no reason to publish it again.
+        if published_now is not None:
+            done(published_now)
         if problem and problem != said:
             said = problem
             say(f"{problem}: what was published before stays")

@@ -8,9 +8,8 @@ provider's; what stands here is not handed on.
 
 from __future__ import annotations
 
-import logging
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shmflags import codec, page_file
 from shmflags.election import Election
@@ -24,8 +23,7 @@ from shmflags.snapshot import Position, Signature
 _LOOK_NS = 200_000_000
 
 
-@dataclass(frozen=True)
-class Pending:
+class Pending(NamedTuple):
     """A fetch that could not be written yet: the SDK will never give it again.
 
     There is no `fence` if there was no page; then it may be the first publish, and nothing else.
@@ -103,7 +101,7 @@ class Member:
 
     def inherit(self, parent: Member) -> None:
         """Right after a fork, in the child: the map is shared."""
-        if parent.directory == self.directory:
+        if parent.directory.path == self.directory.path:
             self._page = parent._page
 
     def page(self, held: Position) -> ControlPage:
@@ -183,6 +181,4 @@ class Member:
         self._journal.event(event, self.pid, term, generation)
 
     def _warn(self, sentence: str) -> None:
-        self._journal.trouble(
-            "the directory is not as it should be", sentence, self.pid, level=logging.WARNING
-        )
+        self._journal.trouble("the directory is not as it should be", sentence, self.pid)

@@ -41,8 +41,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import itemgetter
+from typing import NamedTuple
 
 from shmflags.file_lock import FileLock, Inode
 from shmflags.processes import NOBODY, Host, Identity
@@ -81,8 +81,7 @@ _RISING = (_POSITION + 1, _COUNT, _LAST + 1, _TERM, _ATTEMPTS, *_COUNTER_WORDS)
 _rising = itemgetter(*_RISING)  # At each poll; a loop would take as long as all else.
 
 
-@dataclass(frozen=True)
-class Lease:
+class Lease(NamedTuple):
     """Who leads, and until when. Times are CLOCK_MONOTONIC ns unless they say `wall`."""
 
     term: int
@@ -94,8 +93,7 @@ class Lease:
     elected_wall_ns: int
 
 
-@dataclass(frozen=True)
-class Grant:
+class Grant(NamedTuple):
     """The last time somebody was told to fetch. `at_ns` is 0 if nobody ever was."""
 
     at_ns: int
@@ -105,17 +103,15 @@ class Grant:
     at_wall_ns: int
 
 
-@dataclass(frozen=True)
-class Fence:
+class Fence(NamedTuple):
     """What a fetcher notes before it fetches; see `election.may_publish`."""
 
     incarnation: int
-    count: int
+    publications: int
     term: int
 
 
-@dataclass(frozen=True)
-class LockHolder:
+class LockHolder(NamedTuple):
     """Who holds the page's lock; `pid` is 0 if nobody does."""
 
     pid: int
@@ -204,7 +200,7 @@ class ControlPage:
         """Under the lock: the snapshot with `header` is the one that is served from now on."""
         # First: a writer killed after naming the snapshot and before this would leave a page on which
         # a fetch that this publish has overtaken is still accepted.
-        self._words[_COUNT] = max(self._words[_COUNT], header.count)
+        self._words[_COUNT] = max(self._words[_COUNT], header.publications)
         self._put_snapshot(header)
         self._words[_VERIFIED] = header.published_wall_ns
         self._words[_ATTEMPTS] = 0

@@ -15,13 +15,12 @@ import hashlib
 import os
 import sys
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shmflags.vigil import Vigil
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """One process. `start_ticks` and `pid_namespace` are 0 where the platform hides them."""
 
     pid: int
@@ -117,8 +116,7 @@ class Host:
         return self._namespace_of[1]
 
 
-@dataclass(frozen=True)
-class _Stat:
+class _Stat(NamedTuple):
     start_ticks: int
     is_zombie: bool
 

@@ -62,7 +62,7 @@ _REFUSED = "refused, so this worker behaves as if it had no cache"
 
 
 def _no_definitions() -> codec.Decoded:
-    return codec.Decoded({"flags": [], "group_type_mapping": {}, "cohorts": {}}, b"", {})
+    return codec.Decoded({"flags": [], "group_type_mapping": {}, "cohorts": {}}, b"", b"", [])
 
 
 class SharedMemoryFlagCache:

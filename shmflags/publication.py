@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from shmflags import codec, election, snapshot
 from shmflags.errors import (
@@ -35,8 +35,7 @@ class Result(enum.Enum):
     DROPPED = "dropped"
 
 
-@dataclass(frozen=True)
-class Publication:
+class Publication(NamedTuple):
     """A publish that came to its end, the position that is served after it, and what was mended."""
 
     result: Result
@@ -72,7 +71,7 @@ def publish(
                 return Publication(Result.UNCHANGED, page.position(), event)
             if draft is not None:
                 header = draft.put_in_place(
-                    _next_position(page), noted.count + 1, host.boot_id(), host.wall_ns()
+                    _next_position(page), noted.publications + 1, host.boot_id(), host.wall_ns()
                 )
                 page.accept_snapshot(header)
                 page.count("published")
@@ -95,8 +94,7 @@ def confirm(page: ControlPage, host: Host, noted: Fence) -> None:
             page.count("unchanged")
 
 
-@dataclass(frozen=True)
-class Tended:
+class Tended(NamedTuple):
     """What the leader did about the snapshot.
 
     `signature` is that of the file as it was left, None if it should be looked at again;
@@ -180,7 +178,7 @@ def _restore(page: ControlPage, host: Host, encoded: codec.Encoded, owner: str, 
                 return Tended(None)  # Published meanwhile; the next poll looks again.
             position = last if last.incarnation == page.incarnation else _next_position(page)
             wall_ns = page.times()[0] or host.wall_ns()
-            count = page.fence().count
+            count = page.fence().publications
             page.restore_snapshot(draft.put_in_place(position, count, host.boot_id(), wall_ns))
             page.count("repaired")
     finally:

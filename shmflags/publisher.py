@@ -131,7 +131,7 @@ class Publisher:
         publication.clear_litter(page, member.is_litter, member.host.wall_ns())
 
     def _publish(self, member: Member, page: ControlPage, pending: Pending, fence: Fence) -> bool:
-        self._holding.unshared = Unshared(pending.decoded, fence.count, member.token)
+        self._holding.unshared = Unshared(pending.decoded, fence.publications, member.token)
         size = HEADER_BYTES + pending.encoded.size
         if size > self._settings.max_bytes:
             member.pending = None

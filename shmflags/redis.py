@@ -27,8 +27,7 @@ import os
 import secrets
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shmflags import codec, redis_server, settings
 from shmflags.errors import DamagedSnapshotError, InvalidDefinitionsError
@@ -41,8 +40,7 @@ _LOOK_AGAIN_S = 0.05
 _UNKNOWN_DIGEST = b"not to be compared"
 
 
-@dataclass(frozen=True)
-class _Owed:
+class _Owed(NamedTuple):
     """A grant that must bring a publish, and the thread that fetches. CLOCK_MONOTONIC, seconds."""
 
     thread: int

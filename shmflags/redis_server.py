@@ -37,8 +37,7 @@ import re
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shmflags import codec
 from shmflags.errors import DamagedSnapshotError, RedisUnavailableError
@@ -108,8 +107,7 @@ _NOT_COPIED = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Milliseconds."""
 
     interval_ms: int
@@ -124,8 +122,7 @@ class Timing:
         )
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """To a poll. `digest` is that of what there is, b"" if nothing; `term` is 0 for who follows."""
 
     granted: bool
@@ -133,8 +130,7 @@ class Answer:
     term: int
 
 
-@dataclass(frozen=True)
-class Publish:
+class Publish(NamedTuple):
     """Definitions for Redis, with the token and the term in which they were fetched."""
 
     token: str
@@ -248,7 +244,7 @@ def private_client(client: Any, timeout_s: float) -> Any:
 def pack(encoded: codec.Encoded) -> bytes:
     """The value of the key that holds the definitions."""
     header = _HEADER.pack(_MAGIC, encoded.flag_count, encoded.cohort_count, encoded.digest)
-    return b"".join([header, encoded.index, *encoded.items])
+    return b"".join([header, encoded.entries, *encoded.items])
 
 
 def unpack(blob: bytes, known: codec.Decoded | None) -> codec.Decoded:

@@ -17,7 +17,6 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -35,17 +34,21 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 )
 
 
-@dataclass(frozen=True)
 class RuntimeDir:
     """The directory of one service key of one user.
 
     `base` was named by somebody if `explicit`; then a doubtful one is warned about, not refused.
+    `name` is the directory's, where the key is not known of which that holds a hash.
     """
 
-    base: Path
-    uid: int
-    service_key: str
-    explicit: bool
+    def __init__(
+        self, base: Path, uid: int, service_key: str, *, explicit: bool, name: str | None = None
+    ) -> None:
+        self.base = base
+        self.uid = uid
+        self.service_key = service_key
+        self.explicit = explicit
+        self._name = directory_name(service_key) if name is None else name
 
     @property
     def user_path(self) -> Path:
@@ -57,7 +60,7 @@ class RuntimeDir:
 
     @cached_property
     def path(self) -> Path:
-        return self.version_path / directory_name(self.service_key)
+        return self.version_path / self._name
 
     @cached_property
     def page_path(self) -> Path:
@@ -111,17 +114,6 @@ class RuntimeDir:
             warn(str(objection))
 
 
-@dataclass(frozen=True)
-class FoundDir(RuntimeDir):
-    """A directory known by its `name`; its service key, of which that holds a hash, is not known."""
-
-    name: str = ""
-
-    @cached_property
-    def path(self) -> Path:
-        return self.version_path / self.name
-
-
 def locate(directory: str | os.PathLike[str] | None, service_key: str, uid: int) -> RuntimeDir:
     """The runtime directory for `service_key`; touches no file below the base.
 
@@ -146,7 +138,7 @@ def found(directory: str | os.PathLike[str] | None, uid: int) -> list[RuntimeDir
         names = sorted(os.listdir(at.version_path))
     except OSError:
         return []
-    return [FoundDir(at.base, uid, "", at.explicit, name) for name in names]
+    return [RuntimeDir(at.base, uid, "", explicit=at.explicit, name=name) for name in names]
 
 
 def users_with_files(base: Path) -> list[int]:

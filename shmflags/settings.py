@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shmflags.contract import validate_provider
 from shmflags.errors import UnsupportedPlatformError
@@ -14,8 +14,7 @@ _NS = 1_000_000_000
 ROLES = ("auto", "reader")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Checked arguments; times in ns."""
 
     service_key: str

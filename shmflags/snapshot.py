@@ -31,7 +31,6 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +56,11 @@ class Position(NamedTuple):
 NOTHING = Position(0, 0)
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The first bytes of a snapshot, checked."""
 
     position: Position
-    count: int
+    publications: int
     boot_id: int
     size: int
     published_wall_ns: int
@@ -71,8 +69,7 @@ class Header:
     digest: bytes
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(NamedTuple):
     """What stat() tells of a file; another file, or another content, has another one."""
 
     device: int
@@ -81,9 +78,12 @@ class Signature:
     modified_ns: int
     changed_ns: int
 
+    @staticmethod
+    def of(info: os.stat_result) -> Signature:
+        return Signature(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
-@dataclass(frozen=True)
-class Snapshot:
+
+class Snapshot(NamedTuple):
     """A decoded snapshot, and where it stands."""
 
     header: Header
@@ -93,10 +93,9 @@ class Snapshot:
 def signature(path: Path) -> Signature | None:
     """The signature of the file at `path`, None if there is none."""
     try:
-        info = os.lstat(path)
+        return Signature.of(os.lstat(path))
     except OSError:
         return None
-    return Signature(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
 class MappedSnapshot:
@@ -200,7 +199,7 @@ def _checked_header(view: memoryview, size: int) -> Header:
         raise DamagedSnapshotError("its header is not that of a snapshot of this size")
     return Header(
         position=Position(incarnation, generation),
-        count=count,
+        publications=count,
         boot_id=int.from_bytes(boot, "little"),
         size=length,
         published_wall_ns=wall,
@@ -232,7 +231,7 @@ class Draft:
         self._descriptor = os.open(self._path, flags, 0o600)
         try:
             os.fchmod(self._descriptor, 0o600)  # Whatever the umask says.
-            bulk = b"".join([bytes(HEADER_BYTES), encoded.index, *encoded.items])
+            bulk = b"".join([bytes(HEADER_BYTES), encoded.entries, *encoded.items])
             _write_all(self._descriptor, bulk, 0)
         except BaseException:
             self.discard()

@@ -27,8 +27,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shmflags import codec
 from shmflags.errors import InvalidDefinitionsError
@@ -47,8 +46,7 @@ NOTHING = b""
 _TROUBLE = "the upstream failed, so this host asks the API"
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """What an upstream answered.
 
     `digest` is the content digest of what it has, `NOTHING` if it has nothing, None if that is not
@@ -65,8 +63,7 @@ class Exchange:
         return not self.fetch and self.definitions is None
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """Definitions that the upstream has. `encoded` is None if they are the object that we hold."""
 
     decoded: codec.Decoded

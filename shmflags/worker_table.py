@@ -17,7 +17,7 @@ lead; a full table costs no more than that. `SLOTS` slots of 16 words each:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shmflags.processes import Host, Identity
 from shmflags.snapshot import NOTHING, Position
@@ -29,8 +29,7 @@ _MINUTE_NS = 60 * 1_000_000_000
 _WEEK_NS = 7 * 24 * 60 * _MINUTE_NS
 
 
-@dataclass(frozen=True)
-class Worker:
+class Worker(NamedTuple):
     """One slot of the worker table."""
 
     slot: int

@@ -66,11 +66,11 @@ class RedisProgram:
     def client(self, **arguments: Any) -> redis.Redis:
         return redis.Redis(host="127.0.0.1", port=self.port, **arguments)
 
-    def commands(self) -> dict[str, int]:
+    def commands(self) -> Counter[str]:
         """How often each command was called, those of scripts included."""
         with self.client() as client:
             found: Any = client.info("commandstats")
-        return {name.removeprefix("cmdstat_"): told["calls"] for name, told in found.items()}
+        return Counter({name.removeprefix("cmdstat_"): told["calls"] for name, told in found.items()})
 
     def _answers(self) -> bool:
         assert self._process is not None

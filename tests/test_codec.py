@@ -55,7 +55,7 @@ def through(data: Any, known: codec.Decoded | None = None) -> codec.Decoded:
     """Encode, and decode from the bytes alone."""
     encoded, _ = codec.encode(data)
     return codec.decode(
-        memoryview(encoded.index),
+        memoryview(encoded.entries),
         memoryview(b"".join(encoded.items)),
         encoded.flag_count,
         encoded.cohort_count,

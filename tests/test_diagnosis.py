@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,13 +32,13 @@ def worker(pid: int = 11, *, polled: float = 1, **changes: Any) -> Worker:
         spacing_ns=30 * S,
         electable=True,
     )
-    return replace(usual, **changes)
+    return usual._replace(**changes)
 
 
 def lease(pid: int = 11, **changes: Any) -> Lease:
     """A lease of 90 s that was renewed a second ago."""
     usual = Lease(1, pid, Identity(pid, 5, HERE), 90 * S, NOW + 89 * S, NOW - 500 * S, 0)
-    return replace(usual, **changes)
+    return usual._replace(**changes)
 
 
 VACATED = lease(token=0, holder=NOBODY, deadline_ns=0, elected_ns=NOW - S)
@@ -62,7 +61,7 @@ def view(**changes: Any) -> View:
         workers=(worker(11), worker(12)),
         states={},
     )
-    return replace(healthy, **changes)
+    return healthy._replace(**changes)
 
 
 def problems(seen: View) -> list[str]:
@@ -98,7 +97,7 @@ PROBLEMS = [
         id="a worker that is stopped",
     ),
     pytest.param(
-        view(workers=(worker(11), worker(12, polled=300, identity=replace(AWAY, pid=12)))),
+        view(workers=(worker(11), worker(12, polled=300, identity=AWAY._replace(pid=12)))),
         ["Process 12 last polled 5 min ago, and should every 30 s: it is in another pid namespace"],
         id="a silent worker of another container",
     ),
@@ -133,7 +132,7 @@ PROBLEMS = [
         id="a lease that ran out with nobody to follow",
     ),
     pytest.param(
-        view(vacant=True, lease=replace(VACATED, elected_ns=NOW - 300 * S)),
+        view(vacant=True, lease=VACATED._replace(elected_ns=NOW - 300 * S)),
         ["Nobody has led for 5 min, though 2 workers could"],
         id="no leader though workers live that could lead",
     ),
@@ -159,7 +158,7 @@ PROBLEMS = [
             vacant=True,
             lease=VACATED,
             grant=Grant(0, 0, NOBODY, 0, 0),
-            workers=tuple(replace(reader, loaded=NOTHING) for reader in READERS),
+            workers=tuple(reader._replace(loaded=NOTHING) for reader in READERS),
         ),
         ["There is nothing to serve, and all workers are readers"],
         id="only readers and nothing published",
@@ -283,7 +282,7 @@ def test_a_worker_of_another_container_is_gone_after_long_silence() -> None:
     assert diagnosis.is_gone(away, NOW, HERE)
     assert not diagnosis.is_gone(worker(identity=AWAY, polled=599), NOW, HERE)
     assert not diagnosis.is_gone(worker(polled=86400), NOW, HERE)
-    assert not diagnosis.is_gone(replace(away, interval_ns=60 * S), NOW, HERE)
+    assert not diagnosis.is_gone(away._replace(interval_ns=60 * S), NOW, HERE)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,14 @@ class Contender:
     ) -> None:
         self.host = ManualHost(machine, pid)
         self.page = page_file.attach(page_home, self.host, f"{pid}-0-0-0", 1 << 20)
-        self.election = Election(self.host, pid, self.host.identity(), 30 * S, 90 * S, max_term_s * S)
+        self.election = Election(
+            self.host,
+            pid,
+            self.host.identity(),
+            interval_ns=30 * S,
+            lease_ns=90 * S,
+            max_term_ns=max_term_s * S,
+        )
         self.client = ClientState(None, NOTHING, attached=False)
         with self.page.locked():
             self.page.workers.register(pid, self.host.identity(), 30 * S, electable=True)
@@ -144,7 +151,7 @@ class Contender:
         """What an accepted publish of new content does to the page."""
         self.election.note_received()
         position = Position(self.page.incarnation, self.page.last_position().generation + 1)
-        count = self.page.fence().count + 1
+        count = self.page.fence().publications + 1
         with self.page.locked():
             self.page.accept_snapshot(Header(position, count, 7, 200, 1, 1, 0, digest))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -404,6 +405,33 @@ def test_a_follower_that_is_deposed_ends(run: Run, directory: Path, file: Path, 
         assert f"process {second.pid} leads" in ended.err
         assert leader_of(directory) == second.pid
         assert served(directory) == TWO
+
+
+def test_a_follower_does_not_undo_a_publish_by_force(
+    run: Run, directory: Path, file: Path, tmp_path: Path
+) -> None:
+    """What was published over it by force stays: the follower says so and ends with 1."""
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(TWO))
+    with following(directory, file) as process:
+        assert run("publish", "test", other, "--force", "--directory", directory).status == 0
+        ended = end_of(process)
+    assert ended.status == 1
+    assert re.search(r"process \d+ leads|another process has led meanwhile", ended.err)
+    assert served(directory) == TWO
+
+
+def test_a_follower_that_nobody_reads_ends_quietly(directory: Path, file: Path) -> None:
+    """`publish --follow | head -1` ends at the next change, with 0, and gives the lease back."""
+    with following(directory, file) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        file.write_text(json.dumps(TWO))
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert leader_of(directory) is None
+    assert served(directory) == TWO
 
 
 def test_following_is_no_busy_loop(directory: Path, file: Path) -> None:

@@ -90,7 +90,7 @@ def test_an_unchanged_publish_moves_count_and_time_only(page: ControlPage) -> No
     page.write_grant(Grant(1, 1, Identity(1, 1, 1), 4, 1))
     page.accept_unchanged(99)
     assert page.position() == Position(1, 2)
-    assert page.fence().count == 4
+    assert page.fence().publications == 4
     assert page.times() == (77, 99)
     assert page.grant().attempts == 0
 
@@ -107,14 +107,14 @@ def test_a_restored_snapshot_is_no_publication(page: ControlPage) -> None:
     assert page.digest() == bytes(16)
     page.restore_snapshot(header(1, 2, 9))
     assert page.position() == Position(1, 2)
-    assert page.fence().count == 3
+    assert page.fence().publications == 3
 
 
 def test_an_older_count_does_not_lower_the_page(page: ControlPage) -> None:
     """Taking up a snapshot never lowers the publication count, which fences depend on."""
     page.accept_snapshot(header(1, 2, 8))
     page.accept_snapshot(header(1, 3, 5))
-    assert page.fence().count == 8
+    assert page.fence().publications == 8
 
 
 def test_vacating_keeps_the_term(page: ControlPage) -> None:

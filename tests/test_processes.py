@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
@@ -22,7 +21,7 @@ def host() -> Host:
 def identity_of(pid: int, host: Host) -> Identity:
     with open(f"/proc/{pid}/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
-    return replace(host.identity(), pid=pid, start_ticks=int(fields[19]))
+    return host.identity()._replace(pid=pid, start_ticks=int(fields[19]))
 
 
 def test_we_are_not_dead(host: Host) -> None:
@@ -38,21 +37,21 @@ def test_we_are_not_dead(host: Host) -> None:
 def test_a_recycled_pid_proves_death(host: Host) -> None:
     """The same pid with another start time is another process; an unknown start time proves nothing."""
     me = host.identity()
-    assert host.is_provably_dead(replace(me, start_ticks=me.start_ticks - 1))
-    assert not host.is_provably_dead(replace(me, start_ticks=0))
+    assert host.is_provably_dead(me._replace(start_ticks=me.start_ticks - 1))
+    assert not host.is_provably_dead(me._replace(start_ticks=0))
 
 
 def test_another_namespace_proves_nothing(host: Host) -> None:
     """A pid of another namespace names another process, dead or alive."""
     me = host.identity()
-    assert not host.is_provably_dead(replace(me, start_ticks=1, pid_namespace=me.pid_namespace + 1))
+    assert not host.is_provably_dead(me._replace(start_ticks=1, pid_namespace=me.pid_namespace + 1))
     assert not host.is_provably_dead(Identity(2**22 + 1, 1, 0))
 
 
 @pytest.mark.parametrize("pid", [-1, 0, 2**31, 2**63, 2**64 - 1])
 def test_an_absurd_pid_is_no_error(host: Host, pid: int) -> None:
     """Whatever stands in the page, asking about it neither raises nor signals anybody."""
-    assert host.is_provably_dead(replace(host.identity(), pid=pid)) in (True, False)
+    assert host.is_provably_dead(host.identity()._replace(pid=pid)) in (True, False)
 
 
 def test_zombies_and_the_reaped_are_dead_the_stopped_are_not(host: Host) -> None:
@@ -79,7 +78,7 @@ def test_a_command_name_with_parentheses_is_read_rightly(
         try:
             who = identity_of(child.pid, host)
             assert not host.is_provably_dead(who)
-            assert host.is_provably_dead(replace(who, start_ticks=who.start_ticks + 1))
+            assert host.is_provably_dead(who._replace(start_ticks=who.start_ticks + 1))
         finally:
             child.kill()
 

@@ -44,7 +44,7 @@ def test_what_is_written_is_read(home: RuntimeDir) -> None:
     assert found.header == written
     assert found.decoded.definitions == DATA
     assert found.header.position == Position(5, 7)
-    assert (found.header.count, found.header.boot_id, found.header.published_wall_ns) == (
+    assert (found.header.publications, found.header.boot_id, found.header.published_wall_ns) == (
         9,
         1 << 100,
         11,

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 def identity_of(process: subprocess.Popen[bytes], host: Host) -> Identity:
     fields = Path(f"/proc/{process.pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return replace(host.identity(), pid=process.pid, start_ticks=int(fields[19]))
+    return host.identity()._replace(pid=process.pid, start_ticks=int(fields[19]))
 
 
 def test_a_living_process_is_looked_at_closely_once(
@@ -73,14 +72,14 @@ def test_a_recycled_pid_is_not_watched(host: CountingHost, child: subprocess.Pop
     """Another start time is another process, which has ended, whoever has its pid now."""
     who = identity_of(child, host)
     assert host.has_ended(who) is False
-    assert host.has_ended(replace(who, start_ticks=who.start_ticks - 1)) is True
+    assert host.has_ended(who._replace(start_ticks=who.start_ticks - 1)) is True
     assert host.has_ended(who) is False
 
 
 def test_who_cannot_be_known_is_not_watched(host: CountingHost, child: subprocess.Popen[bytes]) -> None:
     """A process of another namespace, or of unknown start, has not provably ended, dead or alive."""
     who = identity_of(child, host)
-    for doubtful in (replace(who, start_ticks=0), replace(who, pid_namespace=1)):
+    for doubtful in (who._replace(start_ticks=0), who._replace(pid_namespace=1)):
         before = host.closer_looks
         assert [host.has_ended(doubtful) for _ in range(3)] == [False] * 3
         assert host.closer_looks == before + 3

@@ -5,7 +5,6 @@ The victim is a forked child that sends itself SIGKILL at the n-th step (stepper
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -118,7 +117,7 @@ class Victim:
 
 
 def _never_elected(poller: Poller) -> Any:
-    return dataclasses.replace(poller.cache._settings, electable=False)
+    return poller.cache._settings._replace(electable=False)
 
 
 class FirstOfAll(Victim):
