@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
