@@ -48,9 +48,16 @@ class Attachment:
     def is_client(self, client: object) -> bool:
         return self._client() is client
 
-    def poll_interval_s(self) -> float | None:
+    def differs_from(self, interval_s: float) -> str:
+        """What is wrong if the client does not poll every `interval_s` seconds; else nothing."""
         client = self._client()
-        return None if client is None else float(client.poll_interval)
+        told_s = interval_s if client is None else float(client.poll_interval)
+        if abs(told_s - interval_s) <= 0.01 * interval_s:
+            return ""
+        return (
+            f"the client polls every {told_s:g} s, the cache was told {interval_s:g} s; "
+            "give both the same"
+        )
 
     def holds(self, flags: list[Any]) -> bool:
         """Whether the client evaluates from this very list, and it is not empty."""

@@ -75,6 +75,11 @@ class Decoded(NamedTuple):
     values: list[Any]
 
 
+def nothing() -> Decoded:
+    """Empty definitions, which nobody published: their digest is of no content."""
+    return Decoded({"flags": [], "group_type_mapping": {}, "cohorts": {}}, b"", b"", [])
+
+
 def digest_of(data: bytes | memoryview) -> bytes:
     """The 16-byte digest by which contents are compared."""
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]

@@ -9,6 +9,7 @@ provider's; what stands here is not handed on.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from shmflags import codec, page_file
@@ -73,7 +74,7 @@ class Member:
         self._journal = journal
         self._page: ControlPage | None = None
         self._slot = -1
-        # What `finds_vacancy` found last, of which leader, and for how long that will do.
+        # What `_finds_vacancy` found last, of which leader, and for how long that will do.
         self._vacancy = False
         self._looked_at = 0
         self._looked_until_ns = 0
@@ -153,12 +154,32 @@ class Member:
                 held,
             )
 
-    def finds_vacancy(self, attached: ControlPage, lease: Lease) -> bool:
-        """For a watcher, without the lock: whether we may lead.
+    def sees_to_do(self, held: Callable[[], Position]) -> Hashable | None:
+        """For a watcher: that we are behind, or that nobody leads; None if all is well.
 
-        A leader's death is looked for a few times a second only: in a process at rest the look at
-        /proc costs more than all the rest.
+        `held` tells what we have loaded. Touches no file, and takes no lock of the page.
         """
+        page = self._page
+        if page is None or self.closed:
+            return None
+        # While another thread of ours publishes, the page is ahead of what is noted here.
+        if self.pending is not None or not self.lock.acquire(blocking=False):
+            return None
+        try:
+            position = page.position()
+            if page.is_serving() and position != held():
+                return position
+        finally:
+            self.lock.release()
+        if self._settings.electable:
+            lease = page.lease()
+            if lease.token != self.token and self._finds_vacancy(page, lease):
+                return ("vacant", lease.term)
+        return None
+
+    def _finds_vacancy(self, attached: ControlPage, lease: Lease) -> bool:
+        # A leader's death is looked for a few times a second only: in a process at rest the look at
+        # /proc costs more than all the rest.
         now_ns = self.host.now_ns()
         lives_on = lease.token and lease.token == self._looked_at and now_ns < lease.deadline_ns
         if not lives_on or now_ns >= self._looked_until_ns:

@@ -35,12 +35,7 @@ from typing import TYPE_CHECKING, Any
 from shmflags import codec, servers, settings
 from shmflags.attachment import Attachment
 from shmflags.election import Outcome
-from shmflags.errors import (
-    DamagedSnapshotError,
-    LockTimeoutError,
-    PageReplacedError,
-    UnsafePathError,
-)
+from shmflags.errors import DamagedSnapshotError, LockTimeoutError, PageReplacedError, UnsafePathError
 from shmflags.file_lock import abandon_inherited
 from shmflags.holding import Holding
 from shmflags.journal import Journal
@@ -50,19 +45,14 @@ from shmflags.processes import Host
 from shmflags.publisher import Publisher
 from shmflags.runtime_dir import locate
 from shmflags.snapshot import DEFAULT_MAX_BYTES
-from shmflags.watcher import Watcher
+from shmflags.watcher import Watcher, Watchers
 
 if TYPE_CHECKING:  # Imported when they are needed: with asyncio, they take longer than all the rest.
     from shmflags.status import Status
     from shmflags.upstream import Upstream
 
 _WAIT_S = 0.01
-_UNKNOWN_DIGEST = b"could not be encoded"
 _REFUSED = "refused, so this worker behaves as if it had no cache"
-
-
-def _no_definitions() -> codec.Decoded:
-    return codec.Decoded({"flags": [], "group_type_mapping": {}, "cohorts": {}}, b"", b"", [])
 
 
 class SharedMemoryFlagCache:
@@ -125,7 +115,7 @@ class SharedMemoryFlagCache:
             self._upstream = Upstream(
                 upstream, self._settings, self._holding, self._publisher, self._complain
             )
-        self._watchers: list[Watcher] = []
+        self._watchers = Watchers(self._notice, self._complain)
         if hasattr(os, "register_at_fork"):
             this = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: _after_fork(this))
@@ -182,9 +172,7 @@ class SharedMemoryFlagCache:
     def shutdown(self) -> None:
         """Hand leadership over at once and stop the watcher. Idempotent; never raises."""
         try:
-            watchers, self._watchers = self._watchers, []
-            for watcher in watchers:
-                watcher.stop()
+            self._watchers.stop()
             member = self._me()
             if not member.closed:
                 member.closed = True
@@ -217,13 +205,9 @@ class SharedMemoryFlagCache:
                 )
             return
         self._holding.attachment = attachment
-        told_s, ours_s = attachment.poll_interval_s(), self._settings.interval_ns / 1e9
-        if told_s is not None and abs(told_s - ours_s) > 0.01 * ours_s:
-            self._complain(
-                "poll_interval differs",
-                f"the client polls every {told_s:g} s, the cache was told {ours_s:g} s; "
-                "give both the same",
-            )
+        difference = attachment.differs_from(self._settings.interval_ns / 1e9)
+        if difference:
+            self._complain("poll_interval differs", difference)
         if watch:
             self.watch(attachment.reload, interval)
 
@@ -248,15 +232,9 @@ class SharedMemoryFlagCache:
         if not callable(callback):
             raise TypeError(f"callback must be callable, not {callback!r}")
         interval_s = settings.seconds("interval", interval, above=0.0)
-        watcher = Watcher(
-            self._notice,
-            callback,
-            interval_s,
-            lambda error: self._complain("a watcher's callback failed", error),
-        )
-        self._watchers.append(watcher)
+        watcher = self._watchers.add(callback, interval_s)
         if self._member is not None and self._member.known_page is not None:
-            self._start_watchers()
+            self._watchers.start()
         return watcher
 
     # -- one poll
@@ -285,7 +263,7 @@ class SharedMemoryFlagCache:
             found = self._member
             assert found is not None
         if is_forked:
-            self._restart_watchers()
+            self._watchers.restart()
         return found
 
     def _poll(self, member: Member) -> bool:
@@ -294,7 +272,7 @@ class SharedMemoryFlagCache:
         member.thread.fence = None
         self._holding.is_asking &= not member.thread.fetch_failed
         page = member.page(self._holding.position)
-        self._start_watchers()
+        self._watchers.start()
         if self._host.now_ns() < member.busy_until_ns:
             return False
         member.note_poll(page, self._holding.position)
@@ -365,7 +343,7 @@ class SharedMemoryFlagCache:
         # would take nothing where there is something by now. Under the lock, as another thread of
         # ours may be publishing what its client has installed already.
         with member.lock:
-            return self._current(member) or _no_definitions()
+            return self._current(member) or codec.nothing()
 
     def _take_over(self, member: Member, page: ControlPage) -> bool:
         if member.closed or self._host.now_ns() < member.busy_until_ns:
@@ -384,47 +362,10 @@ class SharedMemoryFlagCache:
             return False
         return self._act_on(member, page, outcome)
 
-    # -- between polls
+    # -- between polls, and trouble
 
     def _notice(self) -> Hashable | None:
-        """What a watcher should see to: we are behind, or nobody leads. Touches no file."""
-        member = self._me()
-        page = member.known_page
-        if page is None or member.closed:
-            return None
-        # While another thread of ours publishes, the page is ahead of what is noted here.
-        if member.pending is not None or not member.lock.acquire(blocking=False):
-            return None
-        try:
-            position = page.position()
-            if page.is_serving() and position != self._holding.position:
-                return position
-        finally:
-            member.lock.release()
-        if self._settings.electable:
-            lease = page.lease()
-            if lease.token != member.token and member.finds_vacancy(page, lease):
-                return ("vacant", lease.term)
-        return None
-
-    def _start_watchers(self) -> None:
-        # Not before the first poll, when there is nothing to watch, nor where a fork would hurt.
-        if not self._watchers or servers.forks_without_hooks():
-            return
-        for watcher in self._watchers:
-            try:
-                watcher.start()
-            except RuntimeError as error:  # No more threads to be had.
-                self._complain("a watcher could not be started", error)
-
-    def _restart_watchers(self) -> None:
-        for watcher in self._watchers:
-            try:
-                watcher.restart()
-            except RuntimeError as error:  # No more threads to be had.
-                self._complain("a watcher could not be started", error)
-
-    # -- trouble
+        return self._me().sees_to_do(lambda: self._holding.position)
 
     def _look_at_server(self) -> None:
         if not self._told_of_server:
@@ -452,7 +393,7 @@ class SharedMemoryFlagCache:
 
 def _after_fork(this: weakref.ref[SharedMemoryFlagCache]) -> None:
     cache = this()
-    if cache is not None and (cache._member is not None or cache._watchers):
+    if cache is not None and (cache._member is not None or len(cache._watchers)):
         try:
             cache._me()
         except Exception as error:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 
+from shmflags import servers
+
 _AGAIN_S = 1.0
 # In a forked child the client's own at-fork hook, which makes its locks anew, may run after ours.
 _SETTLE_S = 0.2
@@ -88,3 +90,52 @@ class Watcher:
                     self._callback()
             except Exception as error:
                 self._on_error(error)
+
+
+class Watchers:
+    """The watchers of one cache. A thread that cannot be had is complained about, and no more."""
+
+    def __init__(
+        self,
+        notice: Callable[[], Hashable | None],
+        complain: Callable[[str, Exception], None],
+    ) -> None:
+        self._notice = notice
+        self._complain = complain
+        self._all: list[Watcher] = []
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, callback: Callable[[], object], interval_s: float) -> Watcher:
+        """One more, not yet started."""
+        watcher = Watcher(
+            self._notice,
+            callback,
+            interval_s,
+            lambda error: self._complain("a watcher's callback failed", error),
+        )
+        self._all.append(watcher)
+        return watcher
+
+    def start(self) -> None:
+        """Start those that have no thread, unless that would hurt the next fork."""
+        if self._all and not servers.forks_without_hooks():
+            self._each(Watcher.start)
+
+    def restart(self) -> None:
+        """In a forked child: start those again that had a thread in the parent."""
+        self._each(Watcher.restart)
+
+    def stop(self) -> None:
+        """End them all, and forget them."""
+        stopped, self._all = self._all, []
+        for watcher in stopped:
+            watcher.stop()
+
+    def _each(self, action: Callable[[Watcher], None]) -> None:
+        for watcher in self._all:
+            try:
+                action(watcher)
+            except RuntimeError as error:  # No more threads to be had.
+                self._complain("a watcher could not be started", error)

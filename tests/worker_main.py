@@ -212,7 +212,7 @@ class Worker:
     def watchers_alive(self) -> list[bool]:
         """For each watcher of the cache whether its thread runs in this process, as the kernel sees it."""
         assert self.cache is not None
-        threads = [watcher._thread for watcher in self.cache._watchers]
+        threads = [watcher._thread for watcher in self.cache._watchers._all]
         return [
             thread is not None and os.path.exists(f"/proc/self/task/{thread.native_id}")
             for thread in threads
