@@ -31,7 +31,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgpack
 
@@ -257,8 +257,7 @@ def _pack(value: Any, number: int, flag_count: int) -> bytes:
     try:
         try:
             # Lone surrogates: the packer that takes them is slower.
-            packed: bytes = msgpack.packb(value, strict_types=True, unicode_errors="surrogatepass")
-            return packed
+            return cast(bytes, msgpack.packb(value, strict_types=True, unicode_errors="surrogatepass"))
         except OverflowError:
             return _pack_text(value, number, flag_count)
     except (TypeError, ValueError, RecursionError) as error:
@@ -273,8 +272,7 @@ def _pack_text(value: Any, number: int, flag_count: int) -> bytes:
     import json
 
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    packed: bytes = msgpack.packb(text, unicode_errors="surrogatepass")
-    return packed
+    return cast(bytes, msgpack.packb(text, unicode_errors="surrogatepass"))
 
 
 def _require_plain(value: Any, number: int, flag_count: int) -> None:

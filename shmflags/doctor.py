@@ -136,6 +136,7 @@ def _directory(at: RuntimeDir, told: str | None) -> Iterator[Check]:
 
 
 def _safety(at: RuntimeDir) -> Check:
+    doubt = None
     try:
         doubt = runtime_dir.base_objection(at.base, at.uid)
         if doubt is not None and not at.explicit:

@@ -117,7 +117,7 @@ class SharedMemoryFlagCache:
             )
         self._watchers = Watchers(self._notice, self._complain)
         if hasattr(os, "register_at_fork"):
-            this = weakref.ref(self)
+            this: weakref.ref[SharedMemoryFlagCache] = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: _after_fork(this))
         self._told_of_server = False
         self._look_at_server()

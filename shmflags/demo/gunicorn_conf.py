@@ -20,7 +20,7 @@ def post_fork(server: object, worker: object) -> None:
         os.environ["POSTHOG_PROJECT_API_KEY"],
         secret_key=os.environ["POSTHOG_SECRET_KEY"],
         host=os.environ["SHMFLAGS_DEMO_HOST"],
-        poll_interval=POLL_INTERVAL_S,
+        poll_interval=POLL_INTERVAL_S,  # pyright: ignore[reportArgumentType]  # It takes any number.
         flag_definition_cache_provider=cache,
     )
     cache.attach(posthog.default_client)
