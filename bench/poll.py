@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from bench import contestants
-from bench.data import make
+from bench.data import make, with_one_flag_changed
 from bench.frame import OURS, Goal, Options, Results, Row, Step
 from bench.processes import Process
 from bench.roles import LONG_S
@@ -29,6 +29,7 @@ def steps(options: Options) -> list[Step]:
         ("calls", follower_calls, providers, sizes, 15),
         ("leader's calls", leader_calls, [name for name in names if name == OURS], sizes, 15),
         ("change", changes, providers, sizes, 15),
+        ("client, change", client_changes, names, sizes[-1:], 15),
         ("first", first_reads, providers, sizes[-1:], 11),
     ]
     return [
@@ -96,6 +97,29 @@ def changes(stack: ExitStack, name: str, flags: int) -> Sample:
     return sample
 
 
+def client_changes(stack: ExitStack, name: str, flags: int) -> Sample:
+    """`_load_feature_flags` after one flag has changed: the provider's part, and then the SDK's own."""
+    place = place_for(stack, name)
+    base = make(flags)
+    server = stack.enter_context(DefinitionsServer(base))
+    if name != "sdk":
+        interval_s = ROUNDS_S if name == OURS else LONG_S
+        leader = publisher(stack, name, place, flags, poll_interval_s=interval_s)
+        leader.call("bench.roles:prepare_variants", flags=flags, count=3)
+    client = stack.enter_context(Process())
+    client.call("bench.roles:open_provider", contestant=name, place=place)
+    client.call("bench.roles:open_client", url=server.url, flags=flags, watch=False)
+
+    def sample(number: int) -> float:
+        if name == "sdk":
+            server.set_definitions(with_one_flag_changed(base, number + 1))
+        else:
+            leader.call("bench.roles:publish_variant", number=number)
+        return float(client.call("bench.roles:timed_changed_poll"))
+
+    return sample
+
+
 def first_reads(stack: ExitStack, name: str, flags: int) -> Sample:
     """The first `get_flag_definitions` of a fresh process."""
     place = place_for(stack, name)
@@ -130,6 +154,9 @@ def rows(results: Results) -> list[Row]:
         values = results.medians("poll", "change", flags=flags)
         what = f"`get` after one flag of {flags:,} changed"
         found.append(Row(what, "s", values, goals=goals, in_readme=flags == _BIG))
+    for flags in results.sizes("poll", "client, change"):
+        values = results.medians("poll", "client, change", flags=flags)
+        found.append(Row(f"the SDK's whole poll after one flag of {flags:,} changed", "s", values))
     for flags in results.sizes("poll", "first"):
         goals = (Goal(times=1.5, than="lmdb"),) if flags == _BIG else ()
         values = results.medians("poll", "first", flags=flags)

@@ -75,6 +75,14 @@ def publish_first(flags: int) -> None:
     _here.provider.on_flag_definitions_received(data.make(flags))
 
 
+def publish(definitions: dict[str, Any]) -> float:
+    """Publish when a fetch is due; when that began, CLOCK_MONOTONIC in seconds."""
+    _wait_for_grant()
+    start_s = time.monotonic()
+    _here.provider.on_flag_definitions_received(definitions)
+    return start_s
+
+
 def prepare_variants(flags: int, count: int) -> None:
     """Have other answers of the API at hand, each with one flag changed."""
     base = data.make(flags)
@@ -146,7 +154,9 @@ def time_calls(calls: int) -> float:
     return _mean_time(poll, calls)
 
 
-def open_client(url: str, flags: int, *, poll_interval_s: float = LONG_S, attach: bool = True) -> None:
+def open_client(
+    url: str, flags: int, *, poll_interval_s: float = LONG_S, attach: bool = True, watch: bool = True
+) -> None:
     """Make a client with this process's provider, and load its flags."""
     from posthog import Posthog
 
@@ -160,7 +170,7 @@ def open_client(url: str, flags: int, *, poll_interval_s: float = LONG_S, attach
         sync_mode=True,
     )
     if attach and hasattr(_here.provider, "attach"):
-        _here.provider.attach(_here.client)
+        _here.provider.attach(_here.client, watch=watch)
     _here.client.load_feature_flags()
     if len(_here.client.feature_flags or []) != flags:
         raise RuntimeError("the client did not load what was published")
@@ -169,6 +179,17 @@ def open_client(url: str, flags: int, *, poll_interval_s: float = LONG_S, attach
 def time_client_polls(calls: int) -> float:
     """Seconds per poll of the SDK, `_load_feature_flags`, while nothing changes, the mean of some."""
     return _mean_time(_here.client._load_feature_flags, calls)
+
+
+def timed_changed_poll() -> float:
+    """Seconds of a poll of the SDK that finds another version of the definitions."""
+    before = _here.client.feature_flags
+    start = time.perf_counter()
+    _here.client._load_feature_flags()
+    seconds = time.perf_counter() - start
+    if _here.client.feature_flags is before:
+        raise RuntimeError("there was to be something new to load")
+    return seconds
 
 
 def start_worker(
