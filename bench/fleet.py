@@ -77,6 +77,11 @@ def call_all(function: str, **arguments: Any) -> list[Any]:
     return [_answer(worker) for worker in _workers]
 
 
+def pids() -> list[int]:
+    """The process ids of the workers, in order."""
+    return [worker.pid for worker in _workers]
+
+
 def kill(number: int) -> None:
     """SIGKILL to a worker, which is reaped, and is one of us no more."""
     worker = _workers.pop(number)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -31,7 +30,7 @@ from shmflags.runtime_dir import RuntimeDir
 from shmflags.settings import Settings
 from shmflags.snapshot import DEFAULT_MAX_BYTES
 from shmflags.status import SCHEMA_VERSION, Status
-from shmflags.table import Table, has_colours, size
+from shmflags.table import Table, fitting, has_colours, size
 
 FINE, WRONG, INTERRUPTED = 0, 1, 130
 _REFRESH_S = 1.0
@@ -130,7 +129,8 @@ def _status(arguments: argparse.Namespace) -> int:
     _settings(arguments)
     at = None if arguments.key is None else _located(arguments)
     if not arguments.watch:
-        return _show(arguments, _read(arguments, at))
+        statuses = _read(arguments, at)
+        return max(_show(arguments, statuses), FINE if statuses else _say_why_nothing(arguments))
     try:
         _watch(arguments, at)
     except KeyboardInterrupt:
@@ -165,6 +165,19 @@ def _show(arguments: argparse.Namespace, statuses: list[Status]) -> int:
     return WRONG if wrong else FINE
 
 
+def _say_why_nothing(arguments: argparse.Namespace) -> int:
+    """No keys are to be seen, maybe as the place is not one where workers could have any."""
+    problems = _problems_of_place(arguments)
+    for sentence in problems:
+        _say(sentence)
+    return WRONG if problems else FINE
+
+
+def _problems_of_place(arguments: argparse.Namespace) -> tuple[str, ...]:
+    at = runtime_dir.locate(arguments.directory, "any", os.geteuid())
+    return status.read(at, Host(), _ANY_SIZE).problems
+
+
 def _watch(arguments: argparse.Namespace, at: RuntimeDir | None) -> None:
     on_terminal = sys.stdout.isatty() and not arguments.json
     if on_terminal:
@@ -176,6 +189,7 @@ def _watch(arguments: argparse.Namespace, at: RuntimeDir | None) -> None:
         else:
             lines = _table_lines(arguments, statuses, limited=on_terminal)
             if on_terminal:
+                lines = fitting(lines, *shutil.get_terminal_size())
                 # Painted over, not cleared: clearing flickers.
                 painted = "".join(f"{line}\033[K\n" for line in lines)
                 sys.stdout.write(f"\033[H{painted}\033[J")
@@ -192,7 +206,7 @@ def _table_lines(arguments: argparse.Namespace, statuses: list[Status], *, limit
     table = Table(colours=has_colours(sys.stdout), width=_width(), most_workers=most)
     for each in statuses:
         lines.extend(["", *table.lines(each), *table.problems(each), *table.notes(each)])
-    return lines if statuses else [*lines, *_nothing(arguments)]
+    return lines if statuses else [*lines, *_nothing(arguments), *_problems_of_place(arguments)]
 
 
 def _nothing(arguments: argparse.Namespace) -> list[str]:
@@ -202,8 +216,8 @@ def _nothing(arguments: argparse.Namespace) -> list[str]:
     ]
     others = [doctor.user_name(uid) for uid in runtime_dir.users_with_files(at.base) if uid != at.uid]
     if others:
-        them = shlex.quote(others[0])
-        lines.append(f"There is something of {', '.join(others)}: sudo -u {them} shmflags status")
+        command = doctor.command_as(others[0], "status", at)
+        lines.append(f"There is something of {', '.join(others)}: {command}")
     return lines
 
 
@@ -293,7 +307,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     sys.stdout.flush()
     wrong = [check for check in checks if check.verdict == doctor.WRONG]
     for check in wrong:
-        _say(f"{check.name}: {check.found}: {check.remedy}")
+        _say(f"{check.name}: {check.found.rstrip('.')}: {check.remedy}")
     return WRONG if wrong else FINE
 
 

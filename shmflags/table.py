@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 import time
 from collections.abc import Iterable
@@ -14,12 +15,26 @@ from shmflags.status import Status, WorkerStatus
 
 _BOLD, _DIM, _RED, _GREEN, _YELLOW, _PLAIN = "1", "2", "31", "32", "33", "0"
 _STATE_COLOURS = {CURRENT: _GREEN, BEHIND: _RED, SILENT: _RED}
+_COLOUR = re.compile(r"\033\[\d+m")
 _UNITS = ("bytes", "kB", "MB", "GB")
 
 
 def has_colours(stream: TextIO) -> bool:
     """Whether `stream` is a terminal that shows colours, to somebody who wants them."""
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def fitting(lines: list[str], columns: int, rows: int) -> list[str]:
+    """What of it a terminal can show without scrolling, and how much more there is."""
+    heights = [max(1, -(-len(_COLOUR.sub("", line)) // columns)) for line in lines]
+    left = rows - 1  # The cursor comes to stand below.
+    if sum(heights) <= left:
+        return lines
+    shown = 0
+    while heights[shown] < left:
+        left -= heights[shown]
+        shown += 1
+    return [*lines[:shown], f"… and {count(len(lines) - shown, 'more line')}: name a key"[:columns]]
 
 
 class Table:

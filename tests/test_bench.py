@@ -44,6 +44,12 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("propagation", "shmflags", ["from a change at the API to all 8 workers"]),
         ("failover", "shmflags", ["from the leader's SIGKILL to new flags in all others"]),
         (
+            "watching",
+            "shmflags",
+            ["with a watcher, at rest", "from a publish to all of 16", "until one of 16"],
+        ),
+        ("cluster", "shmflags,redis", ["2 hosts: full requests to the API until all have flags"]),
+        (
             "growth",
             "shmflags",
             ["the SDK's whole poll, nothing changed, 10 flags", "poll among 4 workers"],
@@ -54,6 +60,8 @@ def test_each_question_is_answered(
     tmp_path: Path, question: str, contestants: str, rows: list[str]
 ) -> None:
     """A quick run prints the question's rows and writes the same measurements as JSON."""
+    if "redis" in contestants:
+        require_program("redis-server")
     told = ["--quick", "--only", question, "--contestants", contestants, "--into", os.fspath(tmp_path)]
     done = bench(*told)
     assert frame.question(question).TITLE in done.stdout

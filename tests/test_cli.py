@@ -22,6 +22,7 @@ import pytest
 import shmflags
 from shmflags import SharedMemoryFlagCache, cli, doctor
 from shmflags.demo.server import DefinitionsServer, definitions, flag
+from shmflags.table import fitting
 from tests.support import call_all, poll_in_turn, workers
 
 LIMIT_S = 60.0
@@ -200,12 +201,36 @@ def test_status_of_nothing_is_said_in_words(run: Run, directory: Path) -> None:
     assert list(directory.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["missing", "a file", "open to others"])
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["table", "json"])
+def test_status_of_a_place_that_is_no_good(
+    run: Run, directory: Path, kind: str, as_json: list[str]
+) -> None:
+    """Where workers could share nothing, that nothing is to be seen is a problem, and ends with 1."""
+    base = directory / "base"
+    if kind == "a file":
+        base.write_text("")
+    elif kind == "open to others":
+        (base / f"shmflags-{os.geteuid()}").mkdir(parents=True)
+        (base / f"shmflags-{os.geteuid()}").chmod(0o777)
+    ended = run("status", "--directory", base, *as_json)
+    assert ended.status == 1
+    assert ended.err.startswith("shmflags: ")
+    assert str(base) in ended.err
+    assert ended.err.count("\n") == 1
+    if as_json:
+        assert json.loads(ended.out) == {"schema_version": 1, "keys": []}
+    else:
+        assert "There is nothing here yet" in ended.out
+
+
 def test_status_points_to_what_belongs_to_another_user(run: Run, directory: Path) -> None:
     """On call one is often root, and the workers are not: whose files there are is said."""
     (directory / "shmflags-54321").mkdir()
     ended = run("status", "--directory", directory)
     assert ended.status == 0
-    assert ended.out.endswith("There is something of #54321: sudo -u '#54321' shmflags status\n")
+    command = f"sudo -u '#54321' shmflags status --directory {directory}"
+    assert ended.out.endswith(f"There is something of #54321: {command}\n")
 
 
 def test_status_shows_what_a_person_wants_to_know(
@@ -340,6 +365,43 @@ def test_watch_on_a_terminal(directory: Path, leader: SharedMemoryFlagCache, col
     assert b"generation 1" in seen
 
 
+def test_watch_does_not_scroll(directory: Path) -> None:
+    """What does not fit on the terminal is cut off, and it is said how much that is."""
+    for number in range(4):
+        cache_at(directory, f"key-{number}").should_fetch_flag_definitions()
+    ours, theirs = pty.openpty()
+    environment = {"TERM": "xterm", "COLUMNS": "60", "LINES": "12"}
+    try:
+        with started(
+            "status", "--watch", "--directory", directory, stdout=theirs, environment=environment
+        ) as process:
+            seen = b""
+            while seen.count(b"\033[H") < 2:
+                wait_readable(ours)
+                seen += os.read(ours, 65536)
+            process.send_signal(signal.SIGINT)
+            assert end_of(process).status == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    frame = seen.split(b"\033[H")[1].partition(b"\033[J")[0].decode()
+    lines = [re.sub("\033\\[[0-9]*[mK]", "", line) for line in frame.splitlines()]
+    assert re.search(r"^… and \d+ more lines", lines[-1])
+    assert "key-0  ok" in frame.replace("\033[1m", "").replace("\033[0m", "").replace("\033[32m", "")
+    assert sum(max(1, -(-len(line) // 60)) for line in lines) <= 11
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"), [(9, 5), (8, 5), (7, 3), (6, 3), (5, 2), (4, 2), (3, 1), (2, 0), (1, 0)]
+)
+def test_what_fits_on_a_terminal(rows: int, shown: int) -> None:
+    """A line takes as many rows as its visible characters need, and the cursor takes one."""
+    lines = ["\033[32m" + "a" * 10 + "\033[0m", "", "b" * 11, "c" * 20, "d"]
+    found = fitting(lines, 10, rows)
+    assert found[:shown] == lines[:shown]
+    assert found[shown:] == ([] if shown == 5 else [f"… and {5 - shown} more lines"[:10]])
+
+
 # -- output that fails
 
 
@@ -388,6 +450,27 @@ def test_an_output_that_knows_no_unicode_is_no_bug(directory: Path) -> None:
     assert ended.out.startswith("schl\\xfcssel  ok")
 
 
+def test_ctrl_c_at_the_very_start_is_quiet() -> None:
+    """A Ctrl-C that comes while the command is still being imported ends it without a traceback."""
+    program = (
+        "import runpy, sys\n"
+        "class CtrlC:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'shmflags.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, CtrlC())\n"
+        "runpy.run_module('shmflags', run_name='__main__')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(Path(shmflags.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
 # -- export
 
 
@@ -418,6 +501,18 @@ def test_export_of_nothing_or_of_damage_is_said(
     ended = run("export", "test", "--directory", directory)
     assert (ended.status, ended.out) == (1, "")
     assert ended.err.startswith(f"shmflags: {snapshot}: ")
+
+
+# -- publish; the rest of it is in test_local_publish.py
+
+
+def test_a_closed_input_is_no_bug(directory: Path) -> None:
+    """With stdin closed by the caller, what was to be read from it is said to be missing."""
+    command = f'"{sys.executable}" -m shmflags publish test - --directory "{directory}" <&-'
+    ended = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (1, "shmflags: stdin: is closed\n")
 
 
 # -- clear

@@ -146,6 +146,32 @@ def test_little_space_is_wrong(tmp_path: Path) -> None:
     assert ended.stdout.splitlines() == ["wrong ok tmpfs", "wrong wrong"], ended.stderr
 
 
+def test_a_small_shared_memory_is_found(tmp_path: Path) -> None:
+    """A /dev/shm of 24 MB, where containers have 64, is shown with its size and how to enlarge it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount")
+    unshare = require_program("unshare")
+    script = 'mount -t tmpfs -o size=24m tmpfs /dev/shm && exec "$1" -m shmflags doctor'
+    ended = subprocess.run(
+        [unshare, "-m", "sh", "-c", script, "sh", sys.executable],
+        env={
+            **{name: value for name, value in os.environ.items() if name != "SHMFLAGS_DIR"},
+            "PYTHONPATH": str(Path(shmflags.__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
+    if "permission denied" in ended.stderr.lower() or "not permitted" in ended.stderr.lower():
+        pytest.skip("no mounts in this container")
+    assert ended.returncode == 0, ended.stderr
+    assert "note  /dev/shm: 25.2 MB -> enlarge it (docker run --shm-size=64m)\n" in ended.stdout
+    assert "ok    directory: /dev/shm (default)\n" in ended.stdout
+    assert "ok    file system: tmpfs\n" in ended.stdout
+
+
 def test_a_hidden_proc_is_a_note(directory: Path) -> None:
     """Where no death can be proven, what that costs is said, and it is not wrong."""
 
@@ -179,7 +205,7 @@ def test_files_of_other_users_are_a_note(directory: Path) -> None:
     check = examined(directory)["user"]
     assert check.verdict == NOTE
     assert "there are files of #54321 too" in check.found
-    assert "sudo -u '#54321' shmflags doctor" in check.remedy
+    assert f"sudo -u '#54321' shmflags doctor --directory {directory}" in check.remedy
 
 
 def test_each_key_has_a_line(run: Run, directory: Path) -> None:
@@ -194,6 +220,7 @@ def test_each_key_has_a_line(run: Run, directory: Path) -> None:
     ended = run("doctor", "--directory", directory)
     assert ended.status == 1
     assert "key my-service: The snapshot cannot be used: it is missing" in ended.err
+    assert ended.err.endswith("for lines of shmflags: see shmflags status my-service\n")
 
 
 def test_a_disk_is_a_note(tmp_path: Path) -> None:

@@ -46,6 +46,19 @@ KEYS = [
     "notes",
 ]
 
+LEADER_KEYS = ["pid", "command_line", "since", "term", "lease_left_s"]
+WORKER_KEYS = [
+    "pid",
+    "role",
+    "leads",
+    "state",
+    "generation",
+    "started",
+    "last_poll_s",
+    "poll_interval_s",
+    "poll_spacing_s",
+]
+
 
 def cache_at(directory: Path, **arguments: object) -> SharedMemoryFlagCache:
     return SharedMemoryFlagCache("test", directory=directory, **arguments)  # type: ignore[arg-type]
@@ -203,6 +216,9 @@ def test_the_same_as_json(directory: Path) -> None:
     """As a dict it has a schema version, the names of its fields, and survives JSON unchanged."""
     cache = cache_at(directory)
     publish(cache, "one")
+    told = cache.status().as_dict()
+    assert list(told["leader"]) == LEADER_KEYS
+    assert [list(worker) for worker in told["workers"]] == [WORKER_KEYS]
     for status in (cache.status(), cache_at(directory / "nowhere").status()):
         found = status.as_dict()
         assert list(found) == KEYS
