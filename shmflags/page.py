@@ -182,7 +182,7 @@ class ControlPage:
     def digest(self) -> bytes:
         """The content digest of the snapshot; all zeros if there is none.
 
-        Also if a writer was killed while naming another one: the digest may be that one's already.
+        Also if a writer was killed while naming another one: the words may be that one's already.
         """
         if self.position() != self.last_position():
             return bytes(16)
@@ -223,14 +223,15 @@ class ControlPage:
         self._words[_DAMAGED] = 0
 
     def _put_snapshot(self, header: Header) -> None:
-        number = int.from_bytes(header.digest, "little")
-        self._words[_DIGEST], self._words[_DIGEST + 1] = number & _HALF, number >> 64
         self._words[_CHANGED] = header.published_wall_ns
         self._words[_DAMAGED] = 0
         # The generation first: the other way round, a writer killed in between would leave the old
         # generation under the new incarnation, and the snapshot just published would count as older.
         self._words[_LAST + 1] = header.position.generation
         self._words[_LAST] = header.position.incarnation
+        # Not before: until the position is the last one, too, `digest` gives none.
+        number = int.from_bytes(header.digest, "little")
+        self._words[_DIGEST], self._words[_DIGEST + 1] = number & _HALF, number >> 64
         self._words[_POSITION + 1] = header.position.generation
         self._words[_POSITION] = header.position.incarnation
 

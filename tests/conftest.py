@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and the options of the long ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,27 @@ import pytest
 
 from shmflags.demo.server import DefinitionsServer, definitions, flag
 from tests.servers.running import Site
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--storm-seconds",
+        type=float,
+        default=25.0,
+        help="how long the storm of kills and stops blows (tests/faults/test_storm.py)",
+    )
+    parser.addoption(
+        "--simulations",
+        type=int,
+        default=1000,
+        help="how many schedules the simulation runs (tests/faults/test_simulation.py)",
+    )
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="the first of them; with --simulations 1, the one to replay",
+    )
 
 
 @pytest.fixture

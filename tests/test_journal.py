@@ -157,7 +157,7 @@ def test_a_page_that_is_rolled_forward_is_said(pair: Pair) -> None:
 def test_a_directory_that_is_refused_is_said_once(
     directory: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    """Every poll meets the same unsafe directory; the log has one line, with reason and mend."""
+    """Every poll meets the same unsafe directory; the log has one line: what kind, why, what to do."""
     cache = SharedMemoryFlagCache("test", directory=directory)
     unsafe = directory / f"shmflags-{os.geteuid()}"
     unsafe.mkdir(mode=0o755)
@@ -167,7 +167,7 @@ def test_a_directory_that_is_refused_is_said_once(
         assert cache.get_flag_definitions() is None
         cache.on_flag_definitions_received(ONE)
     (line,) = log.messages
-    assert line.startswith("refused, so this worker behaves as if it had no cache: ")
+    assert line.startswith("refused, so this worker behaves as if it had no cache: UnsafePathError: ")
     assert f"{unsafe}: is open to others (mode 755) (stop the workers and remove it" in line
     assert line.endswith(where(0, 0))
     assert log.records[0].levelno == logging.WARNING
@@ -202,7 +202,7 @@ def test_trouble_of_another_kind_is_not_held_back(clock: Clock, log: pytest.LogC
     journal.trouble("two", OSError("x"), 7)
     journal.trouble("two", UnsafePathError("x", path="/p", remedy="mend it"), 7)
     assert len(log.messages) == 3
-    assert log.messages[-1] == "two: /p: x (mend it) [key pid 7 term 0 generation 0]"
+    assert log.messages[-1] == "two: UnsafePathError: /p: x (mend it) [key pid 7 term 0 generation 0]"
 
 
 def test_only_a_bug_brings_its_traceback(log: pytest.LogCaptureFixture) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shmflags import page as page_module
 from shmflags import page_file
 from shmflags.errors import LockTimeoutError, PageReplacedError, ShmFlagsError, UnsafePathError
+from shmflags.file_lock import Inode
 from shmflags.page import COUNTERS, PAGE_BYTES, ControlPage, Fence, Grant, Lease
 from shmflags.processes import Host, Identity
 from shmflags.runtime_dir import RuntimeDir, locate
@@ -115,6 +118,84 @@ def test_an_older_count_does_not_lower_the_page(page: ControlPage) -> None:
     page.accept_snapshot(header(1, 2, 8))
     page.accept_snapshot(header(1, 3, 5))
     assert page.fence().publications == 8
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL: the writer does nothing more."""
+
+
+class WordsOfTheDying:
+    """The words of a page, whose writer is killed instead of making its store number `fatal`."""
+
+    def __init__(self, words: memoryview, fatal: int) -> None:
+        self._words = words
+        self._left = fatal
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._words[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise KilledError
+        self._words[index] = value
+
+
+def killed_while(
+    page: ControlPage, home: RuntimeDir, accepted: Header, present: Header | None
+) -> Iterator[None]:
+    """After each store of accepting `accepted`, on a page that serves `present`, the page as it is left."""
+    fatal = 0
+    while True:
+        fatal += 1
+        page.clear_snapshot()
+        for word in (7, 13, 14):  # publication count, last position
+            page._words[word] = 0
+        if present is not None:
+            page.accept_snapshot(present)
+        words: Any = WordsOfTheDying(page._words, fatal)
+        try:
+            ControlPage(home, Host(), words, Inode(0, 0)).accept_snapshot(accepted)
+        except KilledError:
+            yield
+        else:
+            break
+    assert fatal > 8, "it was stepped through"
+
+
+OLD, NEW = b"o" * 16, b"n" * 16
+SUCCESSIONS = pytest.mark.parametrize(
+    ("present", "accepted"),
+    [
+        (header(5, 3, 8, OLD), header(5, 4, 9, NEW)),
+        (header(5, 3, 8, OLD), header(6, 1, 9, NEW)),
+        (header(5, 1, 8, OLD), header(6, 1, 9, NEW)),
+        (None, header(6, 1, 9, NEW)),
+    ],
+    ids=["next generation", "next incarnation", "same generation", "first"],
+)
+
+
+@SUCCESSIONS
+def test_a_writer_killed_half_way_has_raised_the_count(
+    home: RuntimeDir, page: ControlPage, present: Header | None, accepted: Header
+) -> None:
+    """Whatever else of a publish is in the page, its count is: what was fetched before it is dropped."""
+    for number, _ in enumerate(killed_while(page, home, accepted, present)):
+        assert page.fence().publications == (9 if number else 8 if present else 0)
+
+
+@SUCCESSIONS
+def test_a_writer_killed_half_way_leaves_no_wrong_digest(
+    home: RuntimeDir, page: ControlPage, present: Header | None, accepted: Header
+) -> None:
+    """The digest is that of the snapshot which the page names, or none, never that of another."""
+    digests = {NOTHING: bytes(16)}
+    for one in (present, accepted):
+        if one is not None:
+            digests[one.position] = one.digest
+    for _ in killed_while(page, home, accepted, present):
+        assert page.digest() in (bytes(16), digests.get(page.position()))
 
 
 def test_vacating_keeps_the_term(page: ControlPage) -> None:

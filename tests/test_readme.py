@@ -206,6 +206,20 @@ def test_relative_links_lead_somewhere(document: Path) -> None:
     assert broken == []
 
 
+def test_each_fault_is_linked_to_its_test() -> None:
+    """Each line of "What it survives" names tests, and each of them is in the file that it links to."""
+    _, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## What it survives\n")
+    lines = [line for line in rest.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    assert len(lines) > 30
+    for line in lines[1:]:
+        proof = line.split(" | ")[-1]
+        named = re.findall(r"\[`(test_\w+)`\]\((tests/[\w/]+\.py)\)", proof)
+        assert len(named) == max(proof.count("]("), 1), line
+        for test, path in named:
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert re.search(rf"^def {test}\(", text, re.MULTILINE), f"{path} has no {test}"
+
+
 def anchors(document: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

@@ -1,4 +1,4 @@
-"""Fixtures and options of the fault tests."""
+"""Fixtures of the fault tests; their options stand in tests/conftest.py, where pytest finds them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.harness import Ear
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--storm-seconds",
-        type=float,
-        default=25.0,
-        help="how long the storm of kills and stops blows (name tests/faults on the command line)",
-    )
-    parser.addoption(
-        "--simulations",
-        type=int,
-        default=3000,
-        help="how many schedules the simulation runs (name tests/faults on the command line)",
-    )
-    parser.addoption(
-        "--seed",
-        type=int,
-        default=0,
-        help="the first of them; with --simulations 1, the one to replay",
-    )
 
 
 @pytest.fixture

@@ -232,7 +232,7 @@ def test_squatting_our_name(shared: Path, victim: int, squat: Callable[[Path], N
         reader = Poller(shared, api, role="reader", cold_start_timeout=0.0).cache
         assert reader.should_fetch_flag_definitions() is False
         assert reader.get_flag_definitions() is None
-        assert ear.heard("refused", os.fspath(name), "remove it")
+        assert ear.heard("refused", "UnsafePathError", os.fspath(name), "remove it")
         ear.assert_no_surprise()
 
     as_user(victim, use)
@@ -298,7 +298,7 @@ def test_a_default_base_that_others_can_tamper_with(monkeypatch: pytest.MonkeyPa
         assert [poller(None, api).poll() for _ in range(2)] == [1, 1]
         assert api.requests == 2
         assert os.listdir("/dev/shm") == []
-        assert ear.heard("refused", "/dev/shm", "no sticky bit", "chmod +t")
+        assert ear.heard("refused", "UnsafePathError", "/dev/shm", "no sticky bit", "chmod +t")
 
     in_child(child)
 
@@ -332,7 +332,7 @@ def test_a_default_base_of_another_user(monkeypatch: pytest.MonkeyPatch, ear: Ea
         become(4321)
         assert poller(None).poll() == 1
         assert os.listdir("/dev/shm") == []
-        assert ear.heard("refused", f"belongs to user {ATTACKER}")
+        assert ear.heard("refused", "UnsafePathError", f"belongs to user {ATTACKER}", "directory=")
 
     in_child(child)
 

@@ -106,7 +106,7 @@ def test_truncated(scene: Scene, name: str, state: str) -> None:
     size = scene.path(name).stat().st_size
     boundaries = set(HEADER_FIELDS) | {104 + 20 * i for i in range(8)}
     if name == "page":
-        boundaries |= {8 * word for word in range(0, 130, 8)} | {4096, 8192}
+        boundaries |= {8 * word for word in (*range(USED_WORDS), PAGE_HEADER_WORDS)} | {4096, 8192}
     for edge in sorted(boundaries):
         boundaries |= {edge + 1, max(edge - 1, 0)}
     boundaries |= {size - 1, *random.Random(3).sample(range(size), 30)}
@@ -292,7 +292,7 @@ def test_replaced_by_what_is_not_ours(
     assert (now.st_ino, now.st_uid, now.st_mode) == (before.st_ino, before.st_uid, before.st_mode)
     assert temporary_files(scene.base) == []
     reason = "is a directory" if damage == "directory" else f"belongs to user {NOBODY_UID}"
-    assert ear.heard(os.fspath(path), reason, "remove it")
+    assert ear.heard("UnsafePathError", os.fspath(path), reason, "remove it")
     # Once the user has done what the log says, all is well.
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     scene.api.change()
@@ -352,10 +352,17 @@ UNSAFE_DIRECTORIES: dict[str, Callable[[Path], None]] = {
 }
 
 
+REMEDIES = {
+    "is open to others": "stop the workers and remove it",
+    f"belongs to user {NOBODY_UID}": "have its owner remove it, or name another base",
+    "is not a directory": "remove it",
+}
+
+
 @pytest.mark.parametrize("level", range(3))
 @pytest.mark.parametrize("reason", UNSAFE_DIRECTORIES)
 def test_an_unsafe_directory_is_refused(scene: Scene, ear: Ear, reason: str, level: int) -> None:
-    """A directory that others could tamper with is refused with the reason; each worker fetches."""
+    """A directory that others could tamper with is refused, with why and what to do; each worker fetches."""
     scene.end_all()
     path = list(_levels(scene))[level]
     UNSAFE_DIRECTORIES[reason](path)
@@ -369,7 +376,7 @@ def test_an_unsafe_directory_is_refused(scene: Scene, ear: Ear, reason: str, lev
         assert [poller.poll() for poller in pollers] == [scene.api.stamp] * 2
     assert scene.api.requests == asked + 6
     assert {name: os.lstat(files / name) for name in os.listdir(files)} == before
-    assert ear.heard("refused", os.fspath(path), reason)
+    assert ear.heard("refused", "UnsafePathError", os.fspath(path), reason, REMEDIES[reason])
 
 
 def test_a_reader_refuses_an_unsafe_directory_without_fetching(scene: Scene, ear: Ear) -> None:

@@ -7,7 +7,7 @@ import mmap
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EMFILE
 from pathlib import Path
 
@@ -127,11 +127,23 @@ def test_a_limit_below_the_size_of_the_page(directory: Path, ear: Ear) -> None:
 
 @contextmanager
 def address_space(more: int) -> Iterator[None]:
-    """No more than `more` bytes of address space beyond what is in use."""
+    """No more than `more` bytes of memory are to be had in large pieces."""
+    ballast: list[bytes] = []
+    with limited(resource.RLIMIT_AS, _used()):
+        # What earlier tests have freed may lie in the heap, to be had again without asking the system.
+        with suppress(MemoryError):
+            while True:
+                ballast.append(bytes(MIB // 4))
+        del ballast[-4:]  # What is needed to go on at all.
+        with limited(resource.RLIMIT_AS, _used() + more):
+            yield
+    ballast.clear()
+
+
+def _used() -> int:
+    """The address space that this process has, in bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * mmap.PAGESIZE
-    with limited(resource.RLIMIT_AS, used + more):
-        yield
+        return int(file.read().split()[0]) * mmap.PAGESIZE
 
 
 @pytest.mark.parametrize("room", [MIB, 40 * MIB])

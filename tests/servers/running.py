@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
+
 from shmflags.demo.server import DefinitionsServer
 from tests.servers.answers import Answer, kept_answers, switched, values
 from tests.support import WAIT_S, wait_until
@@ -33,7 +35,7 @@ _STOP_S = 20.0
 class Site:
     """Where one test's server runs: a directory, short enough for a socket in it, and the API.
 
-    A context manager; what was started is stopped at its end.
+    A context manager; what was started is killed at its end.
     """
 
     def __init__(self) -> None:
@@ -53,7 +55,7 @@ class Site:
         self._cleanup.close()
 
     def start(self, *command: str, **environment: str) -> Running:
-        """Start processes that keep their answers in files; they are killed in the end."""
+        """Start processes that keep their answers in files."""
         server = Running(command, self, environment)
         self._cleanup.callback(server.kill)
         return server
@@ -61,7 +63,7 @@ class Site:
     def start_http(self, *command: str, **environment: str) -> HttpServer:
         """Start a server that listens on `self.socket`."""
         server = HttpServer(command, self, environment)
-        self._cleanup.callback(server.stop)
+        self._cleanup.callback(server.kill)
         return server
 
     @property
@@ -128,16 +130,29 @@ class Running:
         self.kill()
 
     def kill(self) -> None:
+        """SIGKILL to all its processes; none of them runs any more afterwards."""
+
         def gone() -> bool:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 return True
             self.process.poll()
-            return False
+            return not _runs(self.process.pid)
 
         wait_until(gone, "the server's processes are gone")
         self.process.wait()
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of that group runs. A dead orphan is there until init reaps it, perhaps seconds."""
+    for pid in psutil.pids():
+        try:
+            if os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                return True
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            pass  # It ended while we looked.
+    return False
 
 
 class HttpServer(Running):

@@ -1,8 +1,8 @@
 """One fault at one step: every step of a worker's poll in turn, instead of what a seed draws.
 
 The first worker begins alone. It is struck at the given step of its first poll, or of the poll that
-brings a change of the definitions; a second worker is there to find what is left. All that is before
-the step is the same in each run, so the steps can be counted through.
+brings a change of the definitions; a reader that comes then and a second worker find what is left. All
+that is before the step is the same in each run, so the steps can be counted through.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class StruckSchedule(Schedule):
             self.was_struck = True
             self.world.note(f"struck: {self.plan.faults[0]}")
             self.faults.strike(task.process)
+            # Somebody who cannot mend what is left over finds it first.
+            self.world.after(0.3, lambda: self._workers.start(reads=True))
 
 
 def _plan(fault: str, attached: str) -> Plan:

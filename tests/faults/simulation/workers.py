@@ -35,10 +35,10 @@ class Workers:
     def is_full(self) -> bool:
         return len(self._world.processes) >= MOST
 
-    def start(self, *, leads: bool = False) -> Process:
-        """A new process with a cache and a client of its own; one that may lead if `leads`."""
+    def start(self, *, leads: bool = False, reads: bool = False) -> Process:
+        """A new process with a cache and a client of its own; it may lead if `leads`, not if `reads`."""
         world, plan = self._world, self._plan
-        reads = plan.readers and not leads and self._random.random() < 0.3
+        reads |= plan.readers and not leads and self._random.random() < 0.3
         namespace = 1 + (plan.two_namespaces and self._random.random() < 0.5)
         process = world.make_process(namespace)
         attached = plan.attached == "all" or (plan.attached == "some" and self._random.random() < 0.5)
