@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from bench import contestants
 from bench.frame import Measurement, Options, Results, Row, Step
-from bench.propagation import live_workers
+from bench.propagation import live_workers, polled_differently
 
 TITLE = "The leader is killed, poll interval 1 s"
 _SURVIVORS = 3
@@ -15,7 +14,7 @@ _SURVIVORS = 3
 
 def steps(options: Options) -> list[Step]:
     rounds = 1 if options.quick else 4
-    return [Step(f"a kill, {name}", partial(kills, name, rounds)) for name in contestants.available()]
+    return [Step(f"a kill, {name}", partial(kills, name, rounds)) for name in polled_differently()]
 
 
 def kills(name: str, rounds: int) -> Iterator[Measurement]:

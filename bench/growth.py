@@ -12,7 +12,8 @@ from bench.processes import Process
 from bench.rounds import in_turn, place_for, publisher
 
 TITLE = "Growth"
-_RIVALS = ("redis", "lmdb")
+_NAMES = (OURS, "lmdb")
+_IN_README = (10, 1000, 20_000)
 _CASES = {
     "client": "the SDK's whole poll, nothing changed",
     "change": "`get` after one flag changed",
@@ -21,14 +22,22 @@ _CASES = {
 
 
 def steps(options: Options) -> list[Step]:
-    names = [name for name in contestants.available() if name in (OURS, *_RIVALS)]
+    names = [name for name in contestants.available() if name in _NAMES]
     cases = {"client": poll.client_polls, "change": poll.changes, "publish": publish.publishes}
     counts = (1, 4) if options.quick else (1, 4, 16, 64)
     return [
         *(
             Step(
                 f"{case}, {flags:,} flags",
-                partial(in_turn, "growth", case, prepare, names, flags, options.runs(7)),
+                partial(
+                    in_turn,
+                    "growth",
+                    case,
+                    prepare,
+                    names,
+                    flags,
+                    options.runs(7 if flags <= 5000 else 3),
+                ),
             )
             for flags in options.sizes(10, 100, 1000, 5000, 20_000)
             for case, prepare in cases.items()
@@ -67,7 +76,8 @@ def rows(results: Results) -> list[Row]:
     for case, what in _CASES.items():
         for flags in results.sizes("growth", case):
             values = results.medians("growth", case, flags=flags)
-            found.append(Row(f"{what}, {flags:,} flags", "s", values, in_readme=False))
+            what_of = f"{what}, {flags:,} flags"
+            found.append(Row(what_of, "s", values, in_readme=flags in _IN_README))
     for workers in results.worker_counts("growth", "among"):
         values = results.medians("growth", "among", workers=workers)
         found.append(Row(f"poll among {workers} workers", "s", values, in_readme=False))
@@ -83,7 +93,7 @@ def plots(results: Results) -> list[Plot]:
                 for flags in results.sizes("growth", case)
                 if name in results.medians("growth", case, flags=flags)
             )
-            for name in (OURS, *_RIVALS)
+            for name in _NAMES
         }
     among_workers = tuple(
         (workers, 1e6 * results.medians("growth", "among", workers=workers)[OURS])

@@ -29,7 +29,7 @@ def steps(options: Options) -> list[Step]:
         ("calls", follower_calls, providers, sizes, 15),
         ("leader's calls", leader_calls, [name for name in names if name == OURS], sizes, 15),
         ("change", changes, providers, sizes, 15),
-        ("client, change", client_changes, names, sizes[-1:], 15),
+        ("client, change", client_changes, names, sizes[-1:], 7),
         ("first", first_reads, providers, sizes[-1:], 11),
     ]
     return [

@@ -94,6 +94,17 @@ def directory_lock(path: Path, host: Host) -> Iterator[None]:
         yield
 
 
+def _prepare_for_children() -> None:
+    """In a process that is about to fork: import once what each worker would import at its first poll."""
+    import filelock
+
+    assert filelock
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_prepare_for_children)
+
+
 # The descriptors on which this process may hold a lock, each with the process that opened it.
 _opened: dict[int, int] = {}
 

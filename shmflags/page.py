@@ -55,6 +55,8 @@ _WORD = 8
 _TABLE = 128
 PAGE_BYTES = _WORD * (_TABLE + TABLE_WORDS)
 _HALF = (1 << 64) - 1
+_LOOK_S = 0.01
+_DOZE_NS = 60_000_000
 
 COUNTERS = (
     "granted",
@@ -178,6 +180,13 @@ class ControlPage:
 
     def is_serving(self) -> bool:
         return self._words[_POSITION] != 0
+
+    def doze(self, until_ns: int) -> None:
+        """Sleep until something is served, or it is time to look whether somebody has to take over."""
+        until_ns = min(until_ns, self._host.now_ns() + _DOZE_NS)
+        self._host.sleep(_LOOK_S)
+        while not self.is_serving() and self._host.now_ns() < until_ns:
+            self._host.sleep(_LOOK_S)
 
     def digest(self) -> bytes:
         """The content digest of the snapshot; all zeros if there is none.

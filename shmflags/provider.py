@@ -51,7 +51,6 @@ if TYPE_CHECKING:  # Imported when they are needed: with asyncio, they take long
     from shmflags.status import Status
     from shmflags.upstream import Upstream
 
-_WAIT_S = 0.01
 _REFUSED = "refused, so this worker behaves as if it had no cache"
 
 
@@ -335,7 +334,7 @@ class SharedMemoryFlagCache:
             page = member.page(self._holding.position)
             if self._settings.electable and self._take_over(member, page):
                 return None
-            self._host.sleep(_WAIT_S)
+            page.doze(deadline_ns)
             decoded = self._current(member)
             if decoded is not None:
                 return decoded

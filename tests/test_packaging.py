@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import pickle
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from pathlib import Path
 
 from shmflags import ShmFlagsError, UnsafePathError, __version__
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(code: str) -> str:
@@ -64,3 +70,33 @@ def test_errors_survive_pickling() -> None:
     assert (copy.path, copy.reason, copy.remedy) == ("/run/x", "is open to others", "chmod 700 it")
     assert str(copy) == str(error) == "/run/x: is open to others (chmod 700 it)"
     assert str(ShmFlagsError("alone")) == "alone"
+
+
+def test_what_is_distributed(tmp_path: Path) -> None:
+    """The wheel holds the package and nothing else, typed and licensed; the sdist makes the same wheel."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "shmflags", tree / "shmflags", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", "../dist"],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    sdist, wheel = sorted((tmp_path / "dist").iterdir(), key=lambda path: path.suffix)
+    package = {
+        path.relative_to(tree).as_posix() for path in (tree / "shmflags").rglob("*") if path.is_file()
+    }
+    assert "shmflags/py.typed" in package
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert inside == package
+        assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert package | {"pyproject.toml", "README.md", "LICENSE"} <= names

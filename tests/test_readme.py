@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -188,6 +190,43 @@ def test_the_second_command_is_what_is_checked() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "README.md" in ci
     assert 'bash -euo pipefail -c "$(test_command)"' in ci
+
+
+SET_UP = [
+    command
+    for block in ALL_BLOCKS
+    if block.language == "bash" and is_set_up(block)
+    for line in block.text.splitlines()
+    for command in line.split(" && ")
+]
+
+
+@pytest.mark.parametrize("command", sorted(set(SET_UP)))
+def test_the_commands_of_a_checkout(command: str, environment: dict[str, str]) -> None:
+    """What is to be typed in a checkout works: installing what there is, and running what was installed.
+
+    The environment is the one that these tests run in; tests are only collected, and of the benchmarks
+    one question is answered. What checks the style is run by continuous integration, word for word.
+    """
+    program, *arguments = shlex.split(command)
+    if program == "python3":
+        assert arguments == ["-m", "venv", ".venv"]
+    elif program == ".venv/bin/pip":
+        extras = re.search(r"\.\[(.*)\]", command)
+        assert extras is not None
+        told = importlib.metadata.metadata("shmflags").get_all("Provides-Extra") or []
+        assert set(extras[1].split(",")) <= set(told)
+    elif arguments[:2] == ["-m", "pytest"]:
+        run([sys.executable, *arguments, "--collect-only", "-q", "-n0"], environment, ROOT)
+    elif arguments == ["-m", "bench"]:
+        into = environment["SHMFLAGS_DIR"]
+        few = ["--quick", "--only", "import_time", "--into", into]
+        assert "import shmflags" in run([sys.executable, *arguments, *few], environment, ROOT)
+    elif program == ".venv/bin/shmflags":
+        assert arguments == ["demo"], "which is run above"
+    else:
+        ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+        assert command.replace(".venv/", ".ci/venv/") in ci
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
