@@ -34,6 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: tests mostly wait for processes that they started, so that a core can do two at a time."""
+    cores = len(os.sched_getaffinity(0))
+    return max(cores, min(2 * cores, 8))
+
+
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """A base directory of the test's own, in memory where there is memory to be had."""
