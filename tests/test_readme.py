@@ -218,10 +218,10 @@ def test_the_commands_of_a_checkout(command: str, environment: dict[str, str]) -
         assert set(extras[1].split(",")) <= set(told)
     elif arguments[:2] == ["-m", "pytest"]:
         run([sys.executable, *arguments, "--collect-only", "-q", "-n0"], environment, ROOT)
-    elif arguments == ["-m", "bench"]:
-        into = environment["SHMFLAGS_DIR"]
-        few = ["--quick", "--only", "import_time", "--into", into]
-        assert "import shmflags" in run([sys.executable, *arguments, *few], environment, ROOT)
+    elif arguments[:2] == ["-m", "bench"]:
+        few = ["--quick", "--only", "import_time", "--into", environment["SHMFLAGS_DIR"]]
+        told = arguments if len(arguments) > 2 else [*arguments, *few]
+        assert "shmflags" in run([sys.executable, *told], environment, ROOT)
     elif program == ".venv/bin/shmflags":
         assert arguments == ["demo"], "which is run above"
     else:
