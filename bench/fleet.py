@@ -44,7 +44,7 @@ def freeze() -> None:
 def fork(count: int) -> None:
     """Fork workers, which wait to be called."""
     for _ in range(count):
-        _workers.append(_fork_one())  # noqa: PERF401 - each closes those that are in the list
+        _workers.append(_fork_one())  # each closes those that are in the list
 
 
 def _fork_one() -> _Worker:

@@ -25,7 +25,7 @@ class Process:
     """
 
     def __init__(self) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        self._errors = tempfile.TemporaryFile()  # closed by `close`
         environment = dict(os.environ, PYTHONPATH=os.fspath(ROOT), PYTHONHASHSEED="0")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.child"],
@@ -112,7 +112,7 @@ def processes(count: int) -> Iterator[list[Process]]:
     running: list[Process] = []
     try:
         for _ in range(count):
-            running.append(Process())  # noqa: PERF401 - those that were started are closed
+            running.append(Process())  # those that were started are closed
         yield running
     finally:
         for process in running:

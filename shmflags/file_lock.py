@@ -94,15 +94,18 @@ def directory_lock(path: Path, host: Host) -> Iterator[None]:
         yield
 
 
-def _prepare_for_children() -> None:
-    """In a process that is about to fork: import once what each worker would import at its first poll."""
+def _prepare_for_more_children() -> None:
+    """In a process that forks workers: import once what each of them would import at its first poll.
+
+    After a fork, not before one: filelock has at-fork hooks of its own, which belong together.
+    """
     import filelock
 
     assert filelock
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_prepare_for_children)
+    os.register_at_fork(after_in_parent=_prepare_for_more_children)
 
 
 # The descriptors on which this process may hold a lock, each with the process that opened it.

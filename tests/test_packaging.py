@@ -100,3 +100,17 @@ def test_what_is_distributed(tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert package | {"pyproject.toml", "README.md", "LICENSE"} <= names
+
+
+def test_workers_share_what_their_master_imports() -> None:
+    """A process that forks imports filelock once, after the first fork, for all further children."""
+    printed = run(
+        "import os, sys, warnings; warnings.simplefilter('ignore'); import shmflags\n"
+        "def has_it():\n"
+        "    pid = os.fork()\n"
+        "    if not pid:\n"
+        "        os._exit('filelock' in sys.modules)\n"
+        "    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n"
+        "print(has_it(), has_it(), has_it())"
+    )
+    assert printed == "0 1 1"
