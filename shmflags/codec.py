@@ -28,7 +28,9 @@ import gc
 import hashlib
 import os
 import struct
+import sys
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -155,11 +157,13 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
     if not old and (values := _first_values(entries, body)):
         _settle()
         return values
-    head = _common_bytes(len(old), len(entries), lambda end: old[:end] == entries[:end])
+    size, old_size = len(entries), len(old)
+    head = _common_bytes(min(old_size, size), lambda a, b: old[a:b] == entries[a:b])
     tail = _common_bytes(
-        len(old) - head, len(entries) - head, lambda length: old[-length:] == entries[-length:]
+        min(old_size, size) - head,
+        lambda a, b: old[old_size - b : old_size - a] == entries[size - b : size - a],
     )
-    middle, old_middle = entries[head : len(entries) - tail], old[head : len(old) - tail]
+    middle, old_middle = entries[head : size - tail], old[head : old_size - tail]
     first, after = head // ENTRY.size, len(old_values) - tail // ENTRY.size
     seen = dict(zip(_digests(old_middle), old_values[first:after], strict=True))
     values = old_values[:first]
@@ -170,7 +174,7 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
             value = _unpack(body[offset : offset + length], length, digest)
         values.append(value)
         offset += length
-    if offset + _total_length(entries[len(entries) - tail :]) != len(body):
+    if offset + _total_length(entries[size - tail :]) != len(body):
         raise DamagedSnapshotError("index and payload do not fit each other")
     if len(values) - first >= _MANY:
         _settle()
@@ -198,12 +202,18 @@ def _first_values(entries: bytes, body: memoryview) -> list[Any]:
     return values if set(map(type, values)) <= _CONTAINERS else []
 
 
-def _common_bytes(old_size: int, new_size: int, same: Callable[[int], bool]) -> int:
-    """The most bytes, in whole entries, for which two indexes are the `same`."""
-    low, high = 0, min(old_size, new_size) // ENTRY.size
+def _common_bytes(most: int, same: Callable[[int, int], bool]) -> int:
+    """How many of `most` bytes, in whole entries, two indexes have in common.
+
+    `same` compares what stands between two distances from the end at which they are compared.
+    """
+    low, high = 0, most // ENTRY.size
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if same(middle * ENTRY.size) else (low, middle - 1)
+        if same(low * ENTRY.size, middle * ENTRY.size):
+            low = middle
+        else:
+            high = middle - 1
     return low * ENTRY.size
 
 
@@ -212,7 +222,10 @@ def _digests(entries: bytes) -> list[bytes]:
 
 
 def _total_length(entries: bytes) -> int:
-    return sum(length for length, _ in ENTRY.iter_unpack(entries))
+    words = array("I", entries)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return sum(words[:: ENTRY.size // words.itemsize])
 
 
 def _settle() -> None:
@@ -257,9 +270,9 @@ def _checked_shape(data: object) -> Definitions:
     if not set(map(type, flags)) <= {dict}:
         number = next(number for number, flag in enumerate(flags) if type(flag) is not dict)
         raise InvalidDefinitionsError(f"flags[{number}] is {_kind(flags[number])}, not a dict")
-    for key in data["cohorts"]:
-        if type(key) is not str:
-            raise InvalidDefinitionsError(f"cohorts has the key {key!r}; JSON has only strings")
+    if not set(map(type, data["cohorts"])) <= {str}:
+        key = next(key for key in data["cohorts"] if type(key) is not str)
+        raise InvalidDefinitionsError(f"cohorts has the key {key!r}; JSON has only strings")
     return data
 
 
