@@ -339,18 +339,17 @@ def test_watch_ends_quietly_when_nobody_reads_it(
         assert process.stderr.read() == ""
 
 
-@pytest.mark.parametrize("colours", [True, False])
-def test_watch_on_a_terminal(directory: Path, leader: SharedMemoryFlagCache, colours: bool) -> None:
-    """On a terminal the table is painted over itself, in colours unless the user wants none."""
+def watched_on_a_terminal(directory: Path, **environment: str) -> bytes:
+    """What `status --watch` writes to a terminal until it has painted the table twice."""
     ours, theirs = pty.openpty()
-    environment = {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-    if not colours:
-        environment["NO_COLOR"] = "1"
-    elif "NO_COLOR" in os.environ:
-        pytest.skip("the user wants no colours")
     try:
         with started(
-            "status", "--watch", "--directory", directory, stdout=theirs, environment=environment
+            "status",
+            "--watch",
+            "--directory",
+            directory,
+            stdout=theirs,
+            environment={"TERM": "xterm", **environment},
         ) as process:
             seen = b""
             while seen.count(b"\033[H") < 2:
@@ -361,6 +360,20 @@ def test_watch_on_a_terminal(directory: Path, leader: SharedMemoryFlagCache, col
     finally:
         os.close(ours)
         os.close(theirs)
+    return seen
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_watch_on_a_terminal(
+    directory: Path,
+    leader: SharedMemoryFlagCache,
+    colours: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a terminal the table is painted over itself, in colours unless the user wants none."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    told = {} if colours else {"NO_COLOR": "1"}
+    seen = watched_on_a_terminal(directory, COLUMNS="80", LINES="24", **told)
     assert (b"\033[32mok\033[0m" in seen) == colours
     assert b"generation 1" in seen
 
@@ -369,21 +382,7 @@ def test_watch_does_not_scroll(directory: Path) -> None:
     """What does not fit on the terminal is cut off, and it is said how much that is."""
     for number in range(4):
         cache_at(directory, f"key-{number}").should_fetch_flag_definitions()
-    ours, theirs = pty.openpty()
-    environment = {"TERM": "xterm", "COLUMNS": "60", "LINES": "12"}
-    try:
-        with started(
-            "status", "--watch", "--directory", directory, stdout=theirs, environment=environment
-        ) as process:
-            seen = b""
-            while seen.count(b"\033[H") < 2:
-                wait_readable(ours)
-                seen += os.read(ours, 65536)
-            process.send_signal(signal.SIGINT)
-            assert end_of(process).status == 0
-    finally:
-        os.close(ours)
-        os.close(theirs)
+    seen = watched_on_a_terminal(directory, COLUMNS="60", LINES="12")
     frame = seen.split(b"\033[H")[1].partition(b"\033[J")[0].decode()
     lines = [re.sub("\033\\[[0-9]*[mK]", "", line) for line in frame.splitlines()]
     assert re.search(r"^… and \d+ more lines", lines[-1])

@@ -166,13 +166,19 @@ def test_a_live_grantee_is_waited_for(group: Group) -> None:
 # -- fencing
 
 
-def test_what_another_publish_overtook_is_dropped(group: Group) -> None:
-    """A fetch is published only if nothing was published since it was granted."""
+def slow_and_quick(group: Group) -> tuple[SharedMemoryFlagCache, SharedMemoryFlagCache]:
+    """A leader that was told to fetch and has lost its lease since, and another worker."""
     slow, quick = group.worker(lease_ttl=31), group.worker(lease_ttl=31)
     publish(slow, "a")
     group.machine.pass_time(INTERVAL_S)
     assert slow.should_fetch_flag_definitions() is True
     group.machine.pass_time(40)
+    return slow, quick
+
+
+def test_what_another_publish_overtook_is_dropped(group: Group) -> None:
+    """A fetch is published only if nothing was published since it was granted."""
+    slow, quick = slow_and_quick(group)
     publish(quick, "newer")
     slow.on_flag_definitions_received(definitions("older"))
     assert served(slow) == ["newer"]
@@ -180,11 +186,7 @@ def test_what_another_publish_overtook_is_dropped(group: Group) -> None:
 
 def test_even_unchanged_content_overtakes(group: Group) -> None:
     """A publish of the same content counts as one: an older fetch of other content is dropped."""
-    slow, quick = group.worker(lease_ttl=31), group.worker(lease_ttl=31)
-    publish(slow, "a")
-    group.machine.pass_time(INTERVAL_S)
-    assert slow.should_fetch_flag_definitions() is True
-    group.machine.pass_time(40)
+    slow, quick = slow_and_quick(group)
     publish(quick, "a")
     slow.on_flag_definitions_received(definitions("older"))
     assert served(quick) == ["a"]
@@ -192,11 +194,7 @@ def test_even_unchanged_content_overtakes(group: Group) -> None:
 
 def test_a_deposed_leader_may_not_publish_even_if_nobody_did(group: Group) -> None:
     """With something to serve, a fetch of an earlier term is dropped."""
-    slow, quick = group.worker(lease_ttl=31), group.worker(lease_ttl=31)
-    publish(slow, "a")
-    group.machine.pass_time(INTERVAL_S)
-    assert slow.should_fetch_flag_definitions() is True
-    group.machine.pass_time(40)
+    slow, quick = slow_and_quick(group)
     assert quick.should_fetch_flag_definitions() is True
     slow.on_flag_definitions_received(definitions("older"))
     assert served(quick) == ["a"]

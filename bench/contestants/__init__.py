@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import uuid
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -45,6 +47,18 @@ class Place:
 
     def to_json(self) -> dict[str, str]:
         return asdict(self)
+
+
+class HolderName:
+    """Under what name a process takes the lock; a forked child has another one."""
+
+    def __init__(self) -> None:
+        self._pid, self._name = os.getpid(), uuid.uuid4().hex
+
+    def __call__(self) -> str:
+        if self._pid != os.getpid():
+            self._pid, self._name = os.getpid(), uuid.uuid4().hex
+        return self._name
 
 
 _chosen: set[str] = set(_MODULES)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import uuid
 from typing import Any
 
 import diskcache
 import msgpack
 
-from bench.contestants import LEASE_INTERVALS, Place
+from bench.contestants import LEASE_INTERVALS, HolderName, Place
 
 _LOCK, _VALUE = "lock", "definitions"
 
@@ -17,14 +16,8 @@ _LOCK, _VALUE = "lock", "definitions"
 class DiskcacheProvider:
     def __init__(self, directory: str, poll_interval_s: float) -> None:
         self._cache = diskcache.Cache(os.path.join(directory, "diskcache"))
-        self._me = uuid.uuid4().hex
-        self._pid = os.getpid()
+        self._name = HolderName()
         self._lease_s = poll_interval_s * LEASE_INTERVALS
-
-    def _name(self) -> str:
-        if self._pid != os.getpid():
-            self._pid, self._me = os.getpid(), uuid.uuid4().hex
-        return self._me
 
     def should_fetch_flag_definitions(self) -> bool:
         me = self._name()

@@ -6,24 +6,17 @@ import fcntl
 import json
 import os
 import time
-import uuid
 from typing import Any
 
-from bench.contestants import LEASE_INTERVALS, Place
+from bench.contestants import LEASE_INTERVALS, HolderName, Place
 
 
 class FileProvider:
     def __init__(self, directory: str, poll_interval_s: float) -> None:
         self._path = os.path.join(directory, "definitions.json")
         self._lock_path = os.path.join(directory, "definitions.lock")
-        self._me = uuid.uuid4().hex
-        self._pid = os.getpid()
+        self._name = HolderName()
         self._lease_s = poll_interval_s * LEASE_INTERVALS
-
-    def _name(self) -> str:
-        if self._pid != os.getpid():
-            self._pid, self._me = os.getpid(), uuid.uuid4().hex
-        return self._me
 
     def should_fetch_flag_definitions(self) -> bool:
         me, now_s = self._name(), time.monotonic()

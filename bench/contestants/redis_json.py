@@ -7,13 +7,11 @@ it leads because its parent did.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from typing import Any
 
 import redis
 
-from bench.contestants import LEASE_INTERVALS, Place
+from bench.contestants import LEASE_INTERVALS, HolderName, Place
 
 _TAKE_OR_RENEW = """
 local holder = redis.call("GET", KEYS[1])
@@ -35,16 +33,10 @@ _LOCK, _VALUE = "bench:flags:lock", "bench:flags:definitions"
 class RedisProvider:
     def __init__(self, url: str, poll_interval_s: float) -> None:
         self._redis = redis.Redis.from_url(url, decode_responses=True)
-        self._me = uuid.uuid4().hex
-        self._pid = os.getpid()
+        self._name = HolderName()
         self._lease_ms = int(poll_interval_s * LEASE_INTERVALS * 1000)
         self._take_or_renew = self._redis.register_script(_TAKE_OR_RENEW)
         self._give_back = self._redis.register_script(_GIVE_BACK)
-
-    def _name(self) -> str:
-        if self._pid != os.getpid():
-            self._pid, self._me = os.getpid(), uuid.uuid4().hex
-        return self._me
 
     def should_fetch_flag_definitions(self) -> bool:
         return bool(self._take_or_renew(keys=[_LOCK], args=[self._name(), self._lease_ms]))
