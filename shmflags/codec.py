@@ -54,6 +54,8 @@ _PLAIN_JSON_ONLY = {
 _WALKED_FIRST = 16 * 1024
 # So many new items are worth the collector's settling.
 _MANY = 100
+# So few frozen objects are Python's own: 3.12 starts with hundreds, and has tens of thousands to freeze.
+_FROZEN_BY_PYTHON = 1000
 _CONTAINERS = {dict, list}
 _PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
 
@@ -155,7 +157,7 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
     """
     old, old_values = (known.entries, known.values) if known is not None else (b"", [])
     if not old and (values := _first_values(entries, body)):
-        _settle()
+        _settle(len(values))
         return values
     size, old_size = len(entries), len(old)
     head = _common_bytes(min(old_size, size), lambda a, b: old[a:b] == entries[a:b])
@@ -176,8 +178,7 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
         offset += length
     if offset + _total_length(entries[size - tail :]) != len(body):
         raise DamagedSnapshotError("index and payload do not fit each other")
-    if len(values) - first >= _MANY:
-        _settle()
+    _settle(len(values) - first)
     return values + old_values[after:]
 
 
@@ -195,8 +196,14 @@ def _first_values(entries: bytes, body: memoryview) -> list[Any]:
         **_PLAIN_JSON_ONLY,
     )
     unpacker.feed(body)
+    values: list[Any] = []
+    end = 0
     try:
-        values = list(unpacker)
+        for length, _ in ENTRY.iter_unpack(entries):
+            values.append(unpacker.unpack())
+            end += length
+            if unpacker.tell() != end:
+                return []  # Else the values would not be those of the entries.
     except (ValueError, RecursionError, msgpack.UnpackException):
         return []
     return values if set(map(type, values)) <= _CONTAINERS else []
@@ -228,14 +235,15 @@ def _total_length(entries: bytes) -> int:
     return sum(words[:: ENTRY.size // words.itemsize])
 
 
-def _settle() -> None:
-    """Have the cyclic collector take what is young for old, without looking at it.
+def _settle(fresh: int) -> None:
+    """After decoding many items: have the cyclic collector take what is young for old, without looking.
 
     What was decoded is here to stay, and free of cycles; once resumed, the collector would walk it all
-    and find nothing, which takes as long as decoding it. What else is young waits for a full collection.
+    and find nothing, which takes as long as decoding it. What else is young waits for a full collection:
+    so this is not done for a few items.
     """
     # What somebody has frozen, before a fork, must stay so.
-    if gc.get_freeze_count() == 0:
+    if fresh >= _MANY and gc.get_freeze_count() < _FROZEN_BY_PYTHON:
         gc.freeze()
         gc.unfreeze()
 
