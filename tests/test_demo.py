@@ -198,8 +198,16 @@ def test_gunicorn_dying_is_a_failure(start: Start) -> None:
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", ["shmflags demo:", "worker .* is up", "gets SIGKILL"])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGINT, "shmflags demo:"),
+        (signal.SIGINT, "worker .* is up"),
+        (signal.SIGINT, "gets SIGKILL"),
+        (signal.SIGTERM, "worker .* is up"),
+        (signal.SIGHUP, "worker .* is up"),
+    ],
+)
 def test_interrupted_at_any_moment(start: Start, number: signal.Signals, moment: str) -> None:
     """A signal, and a second one at once, end the demo soon, with everything cleaned up."""
     if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
