@@ -45,6 +45,7 @@ class Run:
                 "PYTHONPATH": package_parent,
                 "TMPDIR": str(directory),
                 MARK: self.mark,
+                "SPT_NOENV": "1",  # else setproctitle, where it is installed, writes over the mark
                 **environment,
             },
             stdout=subprocess.PIPE,

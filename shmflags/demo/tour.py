@@ -17,6 +17,7 @@ from shmflags.demo.workers import WORKERS, Workers
 
 START_TIMEOUT_S = 15.0
 PAUSE_S = 0.02  # between two looks at the workers
+_REFUSALS = (401, 402, 403)  # asking again will not help
 _ANSWERS = {200: "all flags", 304: "unchanged"}
 
 
@@ -65,6 +66,7 @@ class Tour:
         self._latest: dict[int, Report] = {}  # by pid, the living only
         self._lifetimes: dict[int, Lifetime] = {}  # by pid
         self._asked: list[Asked] = []
+        self._is_refused = False
 
     def run(self) -> None:
         """All steps; raises `WorkersGoneError` or `StopTourError` when there is no going on."""
@@ -94,11 +96,12 @@ class Tour:
     def _start(self) -> None:
         self._screen.step(f"gunicorn starts {WORKERS} workers, with nothing loaded")
         ready = self._look_until(
-            lambda: self._all_agree() and self._full_requests() > 0, START_TIMEOUT_S
+            lambda: self._is_refused or (self._all_agree() and self._full_requests() > 0),
+            START_TIMEOUT_S,
         )
         full = self._full_requests()
         if not self._screen.result(
-            ready and full == 1,
+            ready and full == 1 and not self._is_refused,
             f"{len(self._latest)} workers have the flags, by {_count(full, 'full request')} to the"
             f" API (without the cache: {WORKERS})",
         ):
@@ -203,6 +206,7 @@ class Tour:
 
     def _note(self, report: Report) -> None:
         """Take in what a worker says, and print what is new in it."""
+        self._is_refused |= any(request.status in _REFUSALS for request in report.requests)
         lifetime = self._lifetimes.setdefault(report.pid, Lifetime(time.monotonic()))
         if lifetime.until_s is not None or report.flag_count is None:
             return
