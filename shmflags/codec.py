@@ -109,13 +109,15 @@ def encode(data: object, known: Decoded | None = None) -> tuple[Encoded, Decoded
     values: list[Any] = [envelope, *flags, *map(list, cohorts.items())]
     items = _pack_all(values, len(flags))
     digests = [digest_of(item) for item in items]
+    index = b"".join(map(ENTRY.pack, map(len, items), digests))
     # msgpack also takes bytes and keys that are no strings; what a reader would refuse is
     # refused here. Bytes seen before were examined when they were first seen.
-    seen = set(_digests(known.entries)) if known is not None else set()
-    for number, digest in enumerate(digests):
-        if digest not in seen:
+    old = known.entries if known is not None else b""
+    head, tail = _common_ends(old, index)
+    seen = set(_digests(old[head : len(old) - tail]))
+    for number in range(head // ENTRY.size, len(items) - tail // ENTRY.size):
+        if digests[number] not in seen:
             _require_plain(values[number], number, len(flags))
-    index = b"".join(map(ENTRY.pack, map(len, items), digests))
     digest = content_digest(index, len(flags), len(cohorts))
     size = len(index) + sum(map(len, items))
     encoded = Encoded(len(flags), len(cohorts), index, items, digest, size)
@@ -159,13 +161,9 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
     if not old and (values := _first_values(entries, body)):
         _settle(len(values))
         return values
-    size, old_size = len(entries), len(old)
-    head = _common_bytes(min(old_size, size), lambda a, b: old[a:b] == entries[a:b])
-    tail = _common_bytes(
-        min(old_size, size) - head,
-        lambda a, b: old[old_size - b : old_size - a] == entries[size - b : size - a],
-    )
-    middle, old_middle = entries[head : size - tail], old[head : old_size - tail]
+    head, tail = _common_ends(old, entries)
+    size = len(entries)
+    middle, old_middle = entries[head : size - tail], old[head : len(old) - tail]
     first, after = head // ENTRY.size, len(old_values) - tail // ENTRY.size
     seen = dict(zip(_digests(old_middle), old_values[first:after], strict=True))
     values = old_values[:first]
@@ -207,6 +205,17 @@ def _first_values(entries: bytes, body: memoryview) -> list[Any]:
     except (ValueError, RecursionError, msgpack.UnpackException):
         return []
     return values if set(map(type, values)) <= _CONTAINERS else []
+
+
+def _common_ends(old: bytes, new: bytes) -> tuple[int, int]:
+    """How many bytes, in whole entries, two indexes have in common at their start, and then at their end."""
+    old_size, size = len(old), len(new)
+    head = _common_bytes(min(old_size, size), lambda a, b: old[a:b] == new[a:b])
+    tail = _common_bytes(
+        min(old_size, size) - head,
+        lambda a, b: old[old_size - b : old_size - a] == new[size - b : size - a],
+    )
+    return head, tail
 
 
 def _common_bytes(most: int, same: Callable[[int, int], bool]) -> int:
@@ -320,7 +329,7 @@ def _pack_text(value: Any, number: int, flag_count: int) -> bytes:
     _require_plain(value, number, flag_count)
     import json
 
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False)
     return cast(bytes, msgpack.packb(text, unicode_errors="surrogatepass"))
 
 
@@ -362,8 +371,6 @@ def _unpack(item: memoryview, length: int, digest: bytes) -> Any:
             value = json.loads(value)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise DamagedSnapshotError(f"an item cannot be decoded: {error}") from None
-    if value is None:
-        raise DamagedSnapshotError("an item is null")
     return value
 
 

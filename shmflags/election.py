@@ -234,7 +234,6 @@ class Election:
     def _take(self, page: ControlPage, lease: Lease, client: ClientState, now_ns: int) -> bool:
         if self._leads:
             self._leads = False
-            self._outstanding = None
             successor = f"process {lease.holder.pid} leads" if lease.token else "nobody leads now"
             self._events.append(f"deposed: {successor}")
         reason = why_takeable(lease, now_ns, self.host.is_provably_dead)

@@ -228,7 +228,6 @@ class ControlPage:
         """Under the lock: nothing can be served any more."""
         self._words[_POSITION] = 0
         self._words[_POSITION + 1] = 0
-        self._words[_DIGEST] = self._words[_DIGEST + 1] = 0
         self._words[_DAMAGED] = 0
 
     def _put_snapshot(self, header: Header) -> None:

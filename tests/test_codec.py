@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import itertools
 import json
+import os
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 
 from shmflags import codec
 from shmflags.errors import DamagedSnapshotError, InvalidDefinitionsError
+from tests.support import WAIT_S
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=8)
 any_integer = st.one_of(st.integers(-(2**64), 2**65), st.integers(-(2**200), 2**200))
@@ -76,9 +81,9 @@ def test_whatever_json_can_express_survives(data: dict[str, Any]) -> None:
     [
         2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 2**200, -(2**200), 0.0, -0.0, 1.0, 1e308, 5e-324,
         float("inf"), "", "\ud800", "\udc00\ud800", "\ud83d\ude00", "\U0001f600", "\0", True, 1,
-        {"": {"": []}}, ["\ud800", 2**70, {"\udfff": 2**80}],
+        {"": {"": []}}, ["\ud800", 2**70, {"\udfff": 2**80}], {"\ud83d\ude00": ["\ud83d\ude00", 2**70]},
     ],
-    ids=ascii,
+    ids=itertools.count(),
 )  # fmt: skip
 def test_edges_of_json_survive(value: Any) -> None:
     """Large integers, lone and adjacent surrogates, signed zeros and empty keys come back exactly."""
@@ -109,8 +114,12 @@ def test_deeper_than_the_limit_is_refused() -> None:
     cycle: dict[str, Any] = {"key": "c"}
     cycle["self"] = cycle
     for bad in ({"key": "deep", "value": nested}, cycle):
-        with pytest.raises(InvalidDefinitionsError, match="511"):
+        with pytest.raises(InvalidDefinitionsError) as caught:
             codec.encode({"flags": [bad], "group_type_mapping": {}, "cohorts": {}})
+        assert caught.value.reason.startswith("flags[0] cannot be stored: ")
+        assert (
+            caught.value.remedy == "only what JSON can express, at most 511 levels deep, can be shared"
+        )
 
 
 def test_a_subclass_of_list_is_taken_for_the_flags_alone() -> None:
@@ -124,6 +133,17 @@ def test_a_subclass_of_list_is_taken_for_the_flags_alone() -> None:
     data["flags"] = [{"key": Flags()}]
     with pytest.raises(InvalidDefinitionsError, match=r"flags\[0\]"):
         codec.encode(data)
+
+
+@pytest.mark.parametrize("other", ["plain", "\ud800", 2**70], ids=["plain", "surrogate", "large"])
+def test_what_has_known_bytes_is_refused_all_the_same(other: Any) -> None:
+    """A tuple would be written as the list that is known already; it is no list, and is refused."""
+    data = {"flags": [{"a": [1]}, {"b": other}], "group_type_mapping": {}, "cohorts": {}}
+    known = codec.encode(data)[1]
+    assert codec.encode(data, known)[1].digest == known.digest
+    data["flags"] = [{"a": (1,)}, {"b": other}]
+    with pytest.raises(InvalidDefinitionsError, match=r"^flags\[0\] cannot be stored"):
+        codec.encode(data, known)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +201,331 @@ def test_only_what_changed_is_decoded_again() -> None:
         assert same_object == (key != "3")
 
 
+def letters(text: str, more: int = 0) -> dict[str, Any]:
+    """Definitions with a flag for each letter, equal for equal letters."""
+    return {
+        "flags": [{"key": letter} for letter in text],
+        "group_type_mapping": {"0": more},
+        "cohorts": {"1": {"type": "OR"}} if more else {},
+    }
+
+
+def test_any_change_of_order_and_number_is_decoded_right() -> None:
+    """From any few items to any others, also from and to none: what was there is kept, the rest is made anew."""
+    texts = ["".join(one) for size in range(4) for one in itertools.product("ab", repeat=size)]
+    every = [*texts, "aaaa", "abab", "abba", "baab", "abcab", "cabc", "abcabc"]
+    for old, new, more in itertools.product(every, every, (0, 1)):
+        before, data = through(letters(old)), letters(new, more)
+        after = through(data, before)
+        assert same(after.definitions, data), (old, new)
+        flags = before.definitions["flags"]
+        for letter in set(new):
+            kept = sum(
+                any(flag is one for one in flags) for flag in after.definitions["flags"]
+                if flag["key"] == letter
+            )  # fmt: skip
+            assert kept >= min(old.count(letter), new.count(letter)), (old, new)
+        assert after.entries == codec.encode(data)[0].entries
+        assert same(after.values[1 : 1 + len(new)], data["flags"])
+
+
+def test_the_payload_is_laid_out_as_its_docstring_says() -> None:
+    """Envelope, flags and cohorts in order, JSON text where msgpack has no such value, each with its entry."""
+    data = {
+        "more": [1],
+        "flags": [{"n": 1}, {"n": 2**64}],
+        "group_type_mapping": {"0": "g"},
+        "cohorts": {"c": {"n": 1}},
+    }
+    encoded, _ = codec.encode(data)
+    assert [msgpack.unpackb(item) for item in encoded.items] == [
+        {"more": [1], "flags": None, "group_type_mapping": {"0": "g"}, "cohorts": None},
+        {"n": 1},
+        '{"n": 18446744073709551616}',
+        ["c", {"n": 1}],
+    ]
+    assert encoded.entries == b"".join(
+        len(item).to_bytes(4, "little") + hashlib.sha256(item).digest()[:16] for item in encoded.items
+    )
+    assert (encoded.flag_count, encoded.cohort_count) == (2, 1)
+    assert encoded.size == len(encoded.entries) + sum(map(len, encoded.items))
+
+
+def test_what_is_known_is_not_examined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher examines the items that have changed, not all of them at each publish."""
+    examined: list[int] = []
+    require = codec._require_plain
+
+    def noted(value: Any, number: int, flag_count: int) -> None:
+        examined.append(number)
+        require(value, number, flag_count)
+
+    monkeypatch.setattr(codec, "_require_plain", noted)
+    known = codec.encode(letters("abcdef", 1))[1]
+    assert examined == list(range(8))
+    for text, again in (
+        ("abcdef", []),
+        ("abXdef", [3]),
+        ("fabcde", []),
+        ("bacdXe", [5]),
+        ("abcdefX", [7]),
+    ):
+        examined.clear()
+        codec.encode(letters(text, 1), known)
+        assert examined == again, text
+
+
+def test_only_what_lies_between_common_ends_is_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many flags there are, those that both versions begin and end with are not even looked at."""
+    walked: list[int] = []
+    digests = codec._digests
+
+    def noted(entries: bytes) -> list[bytes]:
+        walked.append(len(entries) // codec.ENTRY.size)
+        return digests(entries)
+
+    monkeypatch.setattr(codec, "_digests", noted)
+    for size in (0, 1, 2, 3, 7, 20):
+        old = "abcdefghijklmnopqrst"[:size]
+        before = through(letters(old))
+        cases = [
+            (new, 0) for new in (old, old + "X", "X" + old, old[: size // 2] + "XYZ" + old[size // 2 :])
+        ]
+        for place in range(size):
+            cases += [(old[:place] + new + old[place + 1 :], 1) for new in ("", "X", "XYZ")]
+        for new, count in cases:
+            walked.clear()
+            through(letters(new), before)
+            assert sum(walked) == count, (old, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "special", "one_by_one"),
+    [
+        ("", 0, [], 0),
+        ("ab", 0, [], 0),
+        ("ab", 1, [], 0),
+        ("a", 0, [2**70], 3),
+        ("a", 0, ["x" * 20_000], 3),
+    ],
+    ids=["no flags", "no cohorts", "both", "large integer", "long"],
+)
+def test_a_first_read_is_done_in_one_go(
+    monkeypatch: pytest.MonkeyPatch, text: str, more: int, special: list[Any], one_by_one: int
+) -> None:
+    """All items are unpacked at once where none is known, unless one of them needs care."""
+    unpacked: list[int] = []
+    unpack = codec._unpack
+
+    def noted(item: memoryview, length: int, digest: bytes) -> Any:
+        unpacked.append(length)
+        return unpack(item, length, digest)
+
+    monkeypatch.setattr(codec, "_unpack", noted)
+    data = letters(text, more)
+    data["flags"] += [{"special": value} for value in special]
+    assert same(through(data).definitions, data)
+    assert len(unpacked) == one_by_one
+
+
+BIG = {"key": "big", "value": 2**70}
+LONG = {"key": "long", "value": ["x" * 100] * 300}
+
+
+@pytest.mark.parametrize("special", [BIG, LONG], ids=["as text", "over 16 KiB"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    "known", [None, codec.nothing(), through(letters("b"))], ids=["", "nothing", "b"]
+)
+def test_an_item_that_needs_care_is_one_like_any_other(
+    special: dict[str, Any], place: int, known: codec.Decoded | None
+) -> None:
+    """Items that travel as text or are long are decoded at the first read and on top of others, and kept."""
+    data = letters("ab")
+    data["flags"].insert(place, special)
+    data["cohorts"] = {"1": special}
+    first = through(data, known)
+    assert same(first.definitions, data)
+    changed = {**data, "group_type_mapping": {"0": "other"}}
+    second = through(changed, first)
+    assert same(second.definitions, changed)
+    assert second.definitions["flags"][place] is first.definitions["flags"][place]
+    assert second.definitions["cohorts"]["1"] is first.definitions["cohorts"]["1"]
+
+
+def test_nothing_is_empty_and_equals_no_content() -> None:
+    """Empty definitions that nobody published have no digest, and what is published equally empty has one."""
+    empty = {"flags": [], "group_type_mapping": {}, "cohorts": {}}
+    assert codec.nothing() == codec.Decoded(empty, b"", b"", [])
+    assert same(through(empty, codec.nothing()).definitions, empty)
+    assert through(empty).digest == codec.encode(empty)[0].digest != b""
+
+
+def decoded(
+    items: list[bytes],
+    flags: int,
+    cohorts: int,
+    *,
+    known: codec.Decoded | None = None,
+    body: bytes | None = None,
+) -> codec.Decoded:
+    """Decode items as they are, under an index that has their right digests."""
+    index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
+    return codec.decode(
+        memoryview(index),
+        memoryview(b"".join(items) if body is None else body),
+        flags,
+        cohorts,
+        codec.content_digest(index, flags, cohorts),
+        known,
+    )
+
+
+ITEMS = codec.encode(letters("ab", 1))[0].items
+OTHERS = ["", "a", "b", "ab", "cd"]
+
+
+@pytest.mark.parametrize("known", [None, *(through(letters(text, 1)) for text in OTHERS)])
+@pytest.mark.parametrize(("flags", "cohorts"), [(2, 0), (1, 1), (2, 2), (3, 1), (0, 0), (2**32 - 1, 1)])
+def test_counts_that_do_not_fit_the_index_are_damage(
+    known: codec.Decoded | None, flags: int, cohorts: int
+) -> None:
+    """As many flags and cohorts as are counted must be there, whatever is known already."""
+    assert same(decoded(ITEMS, 2, 1, known=known).definitions, letters("ab", 1))
+    with pytest.raises(DamagedSnapshotError, match=r"^index and payload do not fit each other$"):
+        decoded(ITEMS, flags, cohorts, known=known)
+
+
+@pytest.mark.parametrize("known", [None, *(through(letters(text, 1)) for text in OTHERS)])
+@pytest.mark.parametrize("change", [b"\x80", -1, None])
+def test_a_payload_that_does_not_fit_the_index_is_damage(
+    known: codec.Decoded | None, change: bytes | int | None
+) -> None:
+    """More bytes than the index has entries for, fewer, or none are refused."""
+    good = b"".join(ITEMS)
+    body = good + change if isinstance(change, bytes) else good[: change or 0]
+    with pytest.raises(
+        DamagedSnapshotError, match=r"^(index and payload do not|an item's bytes do not)"
+    ):
+        decoded(ITEMS, 2, 1, known=known, body=body)
+
+
+@pytest.mark.parametrize("text", [None, *OTHERS])
+@pytest.mark.parametrize("place", range(len(ITEMS)))
+def test_other_bytes_of_an_item_are_damage_unless_it_is_known(text: str | None, place: int) -> None:
+    """Each item that is decoded is compared with its digest, whatever is known of others."""
+    known = None if text is None else through(letters(text, 1))
+    items = list(ITEMS)
+    items[place] = items[place][:-1] + bytes([items[place][-1] ^ 1])
+    body = b"".join(items)
+    if known is not None and codec.digest_of(ITEMS[place]) in known.entries:
+        assert same(decoded(ITEMS, 2, 1, known=known, body=body).definitions, letters("ab", 1))
+        return
+    with pytest.raises(DamagedSnapshotError, match=r"^an item's bytes do not match its digest$"):
+        decoded(ITEMS, 2, 1, known=known, body=body)
+
+
+@pytest.mark.parametrize("known", [None, through(letters("c", 1))], ids=["", "c"])
+@pytest.mark.parametrize(
+    ("number", "item", "reason"),
+    [
+        (0, b"\xc0", ""),
+        (1, b"\xc0", "flags[0] is None, not a dict"),
+        (2, b"\x90", "flags[1] is a list, not a dict"),
+        (3, b"\xc0", ""),
+        (3, b"\x91\x80", ""),
+        (3, b"\x92\xc0\x80", "cohorts has the key None; JSON has only strings"),
+    ],
+)
+def test_an_item_of_a_wrong_shape_is_damage(
+    known: codec.Decoded | None, number: int, item: bytes, reason: str
+) -> None:
+    """An envelope, a flag and a cohort each have their shape, and null is none of them."""
+    items = list(ITEMS)
+    items[number] = item
+    with pytest.raises(DamagedSnapshotError) as caught:
+        decoded(items, 2, 1, known=known)
+    assert caught.value.reason.startswith(f"items of a wrong shape: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("items", "flags"),
+    [
+        ([b"\x80\x80", b""], 2),
+        ([b"\x80\x80", b"\x81\xa1a", b"\x01"], 3),
+        ([b"\x81\xa1a", b"\x80\x80\x80"], 2),
+        ([b"", b"\x80\x80"], 2),
+        ([b"\x80", b"\x80\x81"], 2),
+    ],
+    ids=["two and none", "two, and one in two", "split", "none and two", "half a third"],
+)
+@pytest.mark.parametrize(
+    "known", [None, codec.nothing(), through(letters("c"))], ids=["", "nothing", "c"]
+)
+def test_an_item_is_one_value(items: list[bytes], flags: int, known: codec.Decoded | None) -> None:
+    """Bytes that make as many values as there are entries, but not one each, are damage."""
+    with pytest.raises(DamagedSnapshotError, match=r"^an item cannot be decoded"):
+        decoded([ITEMS[0], *items], flags, 0, known=known)
+
+
+@pytest.mark.parametrize("known", [None, through(letters("c"))], ids=["", "c"])
+def test_an_item_that_claims_more_than_it_holds_is_damage(known: codec.Decoded | None) -> None:
+    """Nested arrays that each claim to be huge are refused before room is made for them, short or long."""
+    for padding in (0, 20_000):
+        bomb = b"\xdd\x00\xff\xff\xff" * 200 + b"\xc0" * padding
+        with pytest.raises(DamagedSnapshotError, match=r"^an item cannot be decoded"):
+            decoded([ITEMS[0], bomb], 1, 0, known=known)
+
+
+def test_checking_items_tells_the_longest() -> None:
+    """Each item is compared with its digest, all bytes are accounted for, and the longest is measured."""
+    for sizes in ([], [0], [3], [3, 7, 5], [7, 7], [300_000, 1]):
+        items = [bytes([number]) * size for number, size in enumerate(sizes)]
+        index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
+        body = b"".join(items)
+        assert codec.check_items(index, memoryview(body)) == max(sizes, default=0)
+        with pytest.raises(DamagedSnapshotError, match=r"^index and payload do not fit each other$"):
+            codec.check_items(index, memoryview(body + b"x"))
+        for place in range(0, len(body), 1000):
+            bad = body[:place] + b"\xff" + body[place + 1 :]
+            with pytest.raises(
+                DamagedSnapshotError, match=r"^an item's bytes do not match its digest$"
+            ):
+                codec.check_items(index, memoryview(bad))
+
+
+FLAG = {"key": "a"}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, "definitions are a dict with flags, group_type_mapping and cohorts, not None"),
+        ([], "definitions are a dict with flags, group_type_mapping and cohorts, not a list"),
+        ({"flags": [], "cohorts": {}}, "definitions lack 'group_type_mapping'; they have ['flags', 'cohorts']"),
+        ({**letters(""), "flags": None}, "definitions['flags'] is None, not a list"),
+        ({**letters(""), "cohorts": []}, "definitions['cohorts'] is a list, not a dict"),
+        ({**letters(""), "flags": [FLAG, None]}, "flags[1] is None, not a dict"),
+        ({**letters(""), "flags": [FLAG, FLAG, "a"]}, "flags[2] is a str, not a dict"),
+        ({**letters(""), "cohorts": {"1": {}, 2: {}}}, "cohorts has the key 2; JSON has only strings"),
+        ({**letters(""), "more": b"x"}, "definitions holds a bytes, which JSON does not have"),
+        ({**letters(""), "more": {1: 2}}, "definitions has the key 1; JSON has only strings"),
+        ({**letters("ab"), "more": 2**70, "date": b""}, "definitions holds a bytes, which JSON does not have"),
+        ({**letters(""), "flags": [FLAG, {"key": b"x"}]}, "flags[1] holds a bytes, which JSON does not have"),
+        ({**letters(""), "flags": [FLAG, {"key": [{None: 1}]}]}, "flags[1] has the key None; JSON has only strings"),
+        ({**letters("ab"), "cohorts": {"1": {}, "2": [b"x"]}}, "cohort 1 holds a bytes, which JSON does not have"),
+        ({**letters("ab"), "cohorts": {"1": b"x"}}, "cohort 0 holds a bytes, which JSON does not have"),
+        ({**letters("a"), "cohorts": {"1": {}, "2": {1: 2**70}}}, "cohort 1 has the key 1; JSON has only strings"),
+        ({**letters(""), "flags": [FLAG, {"a": set()}]}, "flags[1] cannot be stored: can not serialize 'set' object"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_named(data: Any, reason: str) -> None:
+    """What cannot be shared is refused with its place, so that whoever is on call finds it."""
+    with pytest.raises(InvalidDefinitionsError) as caught:
+        codec.encode(data)
+    assert caught.value.reason == reason
+
+
 def test_the_content_digest_tells_contents_apart() -> None:
     """Moving an item between flags and cohorts, or reordering, changes the digest; equal content does not."""
     base: dict[str, Any] = {"flags": [{"a": 1}, {"b": 1}], "group_type_mapping": {}, "cohorts": {}}
@@ -225,3 +570,94 @@ def test_the_collector_is_left_as_it_was_found(was_on: bool) -> None:
         assert gc.isenabled() == was_on
     finally:
         (gc.enable if on_before else gc.disable)()
+
+
+def test_no_child_inherits_a_pause() -> None:
+    """A child forked while another thread decodes has the collector on, and can pause and resume it."""
+    assert gc.isenabled()
+    inside, leave = threading.Event(), threading.Event()
+
+    def pause() -> None:
+        with codec.collector_paused():
+            inside.set()
+            leave.wait(WAIT_S)
+
+    thread = threading.Thread(target=pause)
+    thread.start()
+    assert inside.wait(WAIT_S)
+    pid = os.fork()
+    if not pid:
+        seen = [False]
+        try:
+            seen = [gc.isenabled()]
+            with codec.collector_paused():
+                seen.append(not gc.isenabled())
+            seen.append(gc.isenabled())
+        finally:
+            os._exit(0 if all(seen) else 1)
+    try:
+        _, status = os.waitpid(pid, 0)
+    finally:
+        leave.set()
+        thread.join(WAIT_S)
+    assert status == 0
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("was_on", "pauses", "is_on"), [(True, 2, True), (True, 0, False), (False, 2, False)]
+)
+def test_the_end_of_inherited_pauses(
+    monkeypatch: pytest.MonkeyPatch, was_on: bool, pauses: int, is_on: bool
+) -> None:
+    """What the threads of the parent had paused is resumed, and nothing else; the lock is a free one."""
+    held = threading.Lock()
+    held.acquire()
+    monkeypatch.setattr(codec, "_pause_lock", held)
+    monkeypatch.setattr(codec, "_pauses", pauses)
+    monkeypatch.setattr(codec, "_collector_was_on", was_on)
+    gc.disable()
+    try:
+        codec._end_inherited_pauses()
+        assert gc.isenabled() == is_on
+        with codec.collector_paused():
+            assert not gc.isenabled()
+        assert gc.isenabled() == is_on
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def still_collector() -> Iterator[None]:
+    """A collector that takes nothing for old by itself, and nothing frozen."""
+    gc.disable()
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+def is_old(value: object) -> bool:
+    """Whether the collector walks `value` in full collections only; what is frozen it never walks."""
+    return any(one is value for one in gc.get_objects(generation=2))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_was_decoded_is_not_walked_by_the_collector(still_collector: None, frozen: bool) -> None:
+    """Many new objects are taken for old at once; where somebody has frozen his own, those stay frozen."""
+
+    def many(count: int) -> dict[str, Any]:
+        return {**letters(""), "flags": [{"key": number, "n": [number]} for number in range(count)]}
+
+    theirs = [letters("a")]
+    if frozen:
+        gc.freeze()
+    none = through(many(0))
+    found = [through(many(200)), through(many(100), none), through(many(99), none)]
+    old = [is_old(one.definitions["flags"][0]) for one in found]
+    if frozen:
+        assert not is_old(theirs)
+        assert old == [False, False, False]
+    else:
+        assert is_old(theirs)
+        assert old == [True, True, False]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shmflags import codec, page_file
 from shmflags import page as page_module
-from shmflags import page_file
 from shmflags.errors import LockTimeoutError, PageReplacedError, ShmFlagsError, UnsafePathError
 from shmflags.file_lock import Inode
 from shmflags.page import COUNTERS, PAGE_BYTES, ControlPage, Fence, Grant, Lease
-from shmflags.processes import Host, Identity
+from shmflags.processes import NOBODY, Host, Identity
 from shmflags.runtime_dir import RuntimeDir, locate
-from shmflags.snapshot import DEFAULT_MAX_BYTES, NOTHING, Header, Position
+from shmflags.snapshot import DEFAULT_MAX_BYTES, NOTHING, Draft, Header, Position
 from tests.manual_host import Machine, ManualHost
 from tests.support import WAIT_S
 
 TOP = 2**64 - 1
+HOLDER = Identity(10, 20, 30)
 
 
 @pytest.fixture
@@ -68,9 +70,7 @@ def test_records_come_back_as_written(page: ControlPage) -> None:
     page.write_grant(grant)
     page.accept_snapshot(header(5, 6, 7, bytes(range(16))))
     assert page.lease() == lease
-    assert page.grant().at_ns == grant.at_ns
-    assert page.grant().holder == grant.holder
-    assert page.grant().attempts == 0, "an accepted publish ends the count of attempts"
+    assert page.grant() == grant._replace(attempts=0), "an accepted publish ends the attempts"
     assert page.position() == page.last_position() == Position(5, 6)
     assert page.digest() == bytes(range(16))
     assert page.fence() == Fence(page.incarnation, 7, TOP)
@@ -106,9 +106,13 @@ def test_a_restored_snapshot_is_no_publication(page: ControlPage) -> None:
     page.clear_snapshot()
     assert not page.is_serving()
     assert not page.damage_is_reported()
+    assert page.position() == NOTHING
     assert page.last_position() == Position(1, 2)
     assert page.digest() == bytes(16)
+    page.report_damage(Position(1, 2))
     page.restore_snapshot(header(1, 2, 9))
+    assert not page.damage_is_reported()
+    assert page.digest() == b"d" * 16
     assert page.position() == Position(1, 2)
     assert page.fence().publications == 3
 
@@ -198,13 +202,49 @@ def test_a_writer_killed_half_way_leaves_no_wrong_digest(
         assert page.digest() in (bytes(16), digests.get(page.position()))
 
 
-def test_vacating_keeps_the_term(page: ControlPage) -> None:
-    """A vacated lease has no leader and no deadline; the next term will be higher."""
+def steps(page: ControlPage, home: RuntimeDir, write: Callable[[ControlPage], None]) -> Iterator[None]:
+    """After each store of `write` but the last, the page as a killed writer leaves it; then begins anew."""
+    words = page._words
+    before = words[:].tobytes()
+    fatal = 0
+    while True:
+        fatal += 1
+        dying: Any = WordsOfTheDying(words, fatal)
+        try:
+            write(ControlPage(home, Host(), dying, Inode(0, 0)))
+        except KilledError:
+            yield
+        else:
+            break
+        words.cast("B")[:] = before
+    assert fatal > 4, "it was stepped through"
+
+
+def test_a_lease_half_written_has_run_out(home: RuntimeDir, page: ControlPage) -> None:
+    """Whoever is killed while writing or vacating a lease leaves the last one, or one without deadline."""
+    last = Lease(4, 9, Identity(1, 2, 3), 10, 20, 30, 40)
+    page.write_lease(last)
+    for _ in steps(page, home, lambda page: page.write_lease(Lease(5, 8, HOLDER, 11, 21, 31, 41))):
+        assert page.lease() == last or page.lease().deadline_ns == 0
+    page.write_lease(last)
+    for _ in steps(page, home, ControlPage.vacate):
+        assert page.lease() == last or page.lease().deadline_ns == 0
+
+
+def test_a_grant_half_written_is_none(home: RuntimeDir, page: ControlPage) -> None:
+    """Whoever is killed while being granted a fetch has asked for nothing: the time of the last one stands."""
+    page.write_grant(Grant(123, 9, Identity(1, 2, 3), 2, 5))
+    for _ in steps(page, home, lambda page: page.write_grant(Grant(456, 8, HOLDER, 3, 6))):
+        assert page.grant().at_ns == 123
+
+
+def test_vacating_keeps_the_term(home: RuntimeDir) -> None:
+    """A vacated lease has no leader and no deadline, and says since when; the next term will be higher."""
+    host = ManualHost(Machine(), 1)
+    page = attach(home, host=host)
     page.write_lease(Lease(4, 9, Identity(1, 2, 3), 10, 20, 30, 40))
     page.vacate()
-    lease = page.lease()
-    assert (lease.term, lease.token, lease.deadline_ns) == (4, 0, 0)
-    assert lease.holder == Identity(0, 0, 0)
+    assert page.lease() == Lease(4, 0, NOBODY, 10, 0, host.now_ns(), host.wall_ns())
 
 
 def test_counters_are_apart(page: ControlPage) -> None:
@@ -213,6 +253,41 @@ def test_counters_are_apart(page: ControlPage) -> None:
         for _ in range(number):
             page.count(name)
     assert page.counters() == {name: number for number, name in enumerate(COUNTERS)}
+
+
+class Publisher(ManualHost):
+    """Serves a snapshot on `page` while its owner sleeps for the time number `at`."""
+
+    page: ControlPage
+    at = 0
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        if self.machine.slept == self.at:
+            self.page.accept_snapshot(header(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("published_at", "until_ms", "slept_ms"),
+    [
+        (0, 1000, 60),
+        (0, 60, 60),
+        (0, 50, 50),
+        (0, 10, 10),
+        (0, 5, 10),
+        (0, -5, 10),
+        (1, 1000, 10),
+        (3, 1000, 30),
+    ],
+)
+def test_how_long_a_doze_is(home: RuntimeDir, published_at: int, until_ms: int, slept_ms: int) -> None:
+    """Who waits looks every 10 ms for something to serve, and every 60 ms for something to do."""
+    host = Publisher(Machine(), 1)
+    host.page, host.at = attach(home, host=host), published_at
+    before = host.now_ns()
+    host.page.doze(before + until_ms * 1_000_000)
+    assert host.now_ns() - before == slept_ms * 1_000_000
+    assert host.machine.slept == slept_ms // 10
 
 
 # -- the lock
@@ -303,18 +378,100 @@ def test_a_page_replaced_while_waiting_for_its_lock_is_noticed(
 def test_a_lost_page_goes_on_where_it_was(home: RuntimeDir, page: ControlPage) -> None:
     """A page made in the place of a lost one keeps last grant, term, count and counters, not the lease."""
     page.write_lease(Lease(4, 9, Identity(1, 2, 3), 10, 20, 30, 40))
-    page.write_grant(Grant(123, 9, Identity(1, 2, 3), 2, 5))
     page.accept_snapshot(header(page.incarnation, 2, 8))
+    page.write_grant(Grant(123, 9, Identity(1, 2, 3), 2, 5))
     page.count("granted")
     home.page_path.unlink()
     new = attach(home, page)
     assert new.incarnation != page.incarnation
     assert new.fence() == Fence(new.incarnation, 8, 4)
-    assert new.grant().at_ns == 123
+    assert new.grant() == page.grant() == Grant(123, 9, Identity(1, 2, 3), 2, 5)
     assert new.lease().token == 0
     assert new.last_position() == page.last_position()
+    assert new.times() == page.times()
     assert not new.is_serving()
     assert new.counters()["granted"] == 1
+
+
+def test_a_lost_page_that_was_garbage_is_not_gone_on_with(home: RuntimeDir, page: ControlPage) -> None:
+    """Numbers that nobody counted to are not carried over to the page that is made anew."""
+    page.write_lease(Lease(1 << 60, 9, Identity(1, 2, 3), 10, 20, 30, 40))
+    home.page_path.unlink()
+    assert attach(home, page).fence().term == 0
+
+
+@pytest.mark.parametrize("boot", [7, 8])
+def test_a_new_page_takes_up_the_snapshot_of_this_boot(home: RuntimeDir, boot: int) -> None:
+    """A snapshot of this boot that lies there is served at once, under its own position; another is not."""
+    host = ManualHost(Machine(boot=7), 1)
+    encoded, _ = codec.encode({"flags": [{}], "group_type_mapping": {}, "cohorts": {}})
+    draft = Draft(home, encoded, "1-2-3-4")
+    written = draft.put_in_place(Position(5, 6), 9, boot, 11)
+    draft.discard()
+    page = attach(home, host=host)
+    assert page.is_serving() == (boot == 7)
+    assert page.created_wall_ns() == host.wall_ns()
+    if boot == 7:
+        assert page.position() == page.last_position() == Position(5, 6)
+        assert page.digest() == written.digest
+        assert page.fence() == Fence(page.incarnation, 9, 0)
+        assert page.times() == (11, 11)
+
+
+@pytest.mark.parametrize(
+    ("key", "kept"),
+    [
+        ("my-service", True),
+        ("", True),
+        ("größe \U0001f600", True),
+        ("\ud800", True),
+        ("k" * 504, True),
+        ("k" * 505, False),
+        ("\u20ac" * 168, True),
+        ("\u20ac" * 169, False),
+    ],
+    ids=itertools.count(),
+)
+def test_the_page_names_its_service_key(directory: Path, key: str, kept: bool) -> None:
+    """The key that a page was made for can be read from it, if it has no more than 504 bytes."""
+    home = RuntimeDir(directory, os.geteuid(), key, explicit=True)
+    home.prepare(lambda _: None)
+    page = attach(home)
+    assert page.service_key() == (key if kept else "")
+    assert page.workers.rows() == []
+
+
+def test_a_key_that_is_garbage_is_none(page: ControlPage) -> None:
+    """Bytes that are no UTF-8, and a length beyond all bounds, are no key to show."""
+    page._words[65] = TOP
+    assert page.service_key() == ""
+    page._words[64] = TOP
+    assert page.service_key() == ""
+
+
+COUNTED = (6, 7, 14, 16, 33, *range(40, 40 + len(COUNTERS)))
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "objection"),
+    [
+        (0, 0, "is not a control page"),
+        (0, TOP, "is not a control page"),
+        (1, 0, "is not a control page"),
+        (1, TOP, ""),
+        (2, 6, "is from another boot"),
+        (3, 1, "is from another boot"),
+        *((word, (1 << 48) - 1, "") for word in COUNTED),
+        *((word, 1 << 48, "holds numbers that nobody counted to") for word in COUNTED),
+        *((word, TOP, "") for word in (4, 5, 10, 11, 12, 13, 17, 20, 21, 22, 28, 64, 65, 128)),
+    ],
+)
+def test_what_is_objected_to_in_a_page(home: RuntimeDir, word: int, value: int, objection: str) -> None:
+    """Magic, incarnation and boot must be right, and no count be higher than can be counted to."""
+    page = attach(home, host=ManualHost(Machine(boot=7), 1))
+    assert page.objection() == ""
+    page._words[word] = value
+    assert page.objection() == objection
 
 
 @pytest.mark.parametrize(
