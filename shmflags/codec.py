@@ -145,8 +145,12 @@ def decode(
         try:
             definitions: Definitions = dict(values[0])
             definitions["flags"] = values[1 : 1 + flag_count]
-            definitions["cohorts"] = {key: value for key, value in values[1 + flag_count :]}
+            cohorts = values[1 + flag_count :]
+            definitions["cohorts"] = {key: value for key, value in cohorts}
             _checked_shape(definitions)
+            # A list of pairs makes a dict, and a dict of two keys can be unpacked like a pair.
+            if type(values[0]) is not dict or not set(map(type, cohorts)) <= {list}:
+                raise DamagedSnapshotError("items of a wrong shape: an envelope or a cohort")
         except (TypeError, ValueError, InvalidDefinitionsError) as error:
             raise DamagedSnapshotError(f"items of a wrong shape: {error}") from None
     return Decoded(definitions, digest, entries, values)

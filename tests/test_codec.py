@@ -435,7 +435,11 @@ def test_other_bytes_of_an_item_are_damage_unless_it_is_known(text: str | None, 
         (3, b"\xc0", ""),
         (3, b"\x91\x80", ""),
         (3, b"\x92\xc0\x80", "cohorts has the key None; JSON has only strings"),
+        # As pairs these would do for Python: [["group_type_mapping", {}]], and {"a": 1, "b": 1}.
+        (0, msgpack.packb([["group_type_mapping", {}]]), "an envelope or a cohort"),
+        (3, b"\x82\xa1a\x01\xa1b\x01", "an envelope or a cohort"),
     ],
+    ids=lambda value: value.hex() if isinstance(value, bytes) else str(value),
 )
 def test_an_item_of_a_wrong_shape_is_damage(
     known: codec.Decoded | None, number: int, item: bytes, reason: str
