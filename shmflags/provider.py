@@ -15,7 +15,8 @@
 5.  False: the SDK calls `get_flag_definitions`. The page names a position; if it is the one that
     was loaded, the same objects are handed out again (or None, where `attachment.py` sees that the
     client has them). Else `snapshot.py` maps the new one and `codec.py` decodes what changed.
-6.  Between polls `watcher.py` compares the page's position with ours and has the client poll at once.
+6.  Between polls `watcher.py` asks `member.py` whether we are behind what the page says, or nobody
+    leads, and then has the client poll at once.
 
 None of the four methods raises, as the SDK takes an exception for "fetch": what goes wrong goes to
 `journal.py`, and the answer is the safe one. None of them waits, but for the one cold start: nothing

@@ -290,10 +290,14 @@ def test_redis_down_at_start(directory: Path) -> None:
 def test_redis_killed_and_restarted_empty(directory: Path) -> None:
     """Redis dies and comes back empty: hosts fetch for themselves meanwhile, and share again after."""
     with running(directory) as site:
+        with site.program.client() as client:
+            client.set("mark", "here")
         with site.meanwhile(True, 6 * INTERVAL_S):
             site.program.kill()
         site.flip(OFF, False)
         site.program.start()
+        with site.program.client() as client:
+            assert client.get("mark") is None, "it came back empty"
         wait_until(lambda: site.published() is not None, "one host publishes to Redis", 20)
         site.shares_again()
         site.flip(ON, True)

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def kill_at(step: int, victim: Victim) -> bool:
 # -- what the victim was about
 
 
-class Victim:
+class Victim(ABC):
     """A worker of its own in a directory that `stage` has set; `prepare` and `act` run in the child."""
 
     may_lose_the_snapshot = False
@@ -111,9 +112,9 @@ class Victim:
         self.worker = self.poller()
         self.worker.cache.get_flag_definitions()
 
+    @abstractmethod
     def act(self) -> None:
         """In the child, step by step."""
-        raise NotImplementedError
 
 
 def _never_elected(poller: Poller) -> Any:
