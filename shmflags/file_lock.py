@@ -99,9 +99,12 @@ def _prepare_for_more_children() -> None:
 
     After a fork, not before one: filelock has at-fork hooks of its own, which belong together.
     """
-    import filelock
+    try:
+        import filelock
 
-    assert filelock
+        assert filelock
+    except Exception:
+        pass  # No descriptors or memory to be had, say. Who takes a lock tries again, and tells.
 
 
 if hasattr(os, "register_at_fork"):

@@ -114,3 +114,19 @@ def test_workers_share_what_their_master_imports() -> None:
         "print(has_it(), has_it(), has_it())"
     )
     assert printed == "0 1 1"
+
+
+def test_a_fork_with_no_descriptors_to_spare_is_quiet() -> None:
+    """If filelock cannot be imported after a fork, the process that forked hears nothing of it."""
+    program = (
+        "import os, resource, warnings; warnings.simplefilter('ignore'); import shmflags\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(pid, 0)[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")
