@@ -3,6 +3,8 @@
     feature_flags           the list it evaluates from; None until the first load
     poll_interval           seconds between its polls
     _flags_etag             the ETag it sends with its next request
+    _flag_definition_publication_lock
+                            held while it installs a list of flags with its ETag
     _load_feature_flags()   one poll: it asks the provider, and fetches if it is told to
     _flag_definition_cache_provider
 
@@ -18,6 +20,7 @@ _NEEDED = (
     "feature_flags",
     "poll_interval",
     "_flags_etag",
+    "_flag_definition_publication_lock",
     "_load_feature_flags",
     "_flag_definition_cache_provider",
 )
@@ -70,6 +73,37 @@ class Attachment:
         if client is None or client.feature_flags is None:
             return False
         return client.feature_flags is flags or not (flags or client.feature_flags)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the client has loaded flags, be they none."""
+        client = self._client()
+        return client is not None and client.feature_flags is not None
+
+    def etag_of(self, flags: object) -> str:
+        """The API's ETag for this very list, which the client has just received; "" if it is not known."""
+        client = self._client()
+        if client is None:
+            return ""
+        # In this order: had another thread's fetch brought the ETag, its flags were installed before.
+        etag = client._flags_etag
+        return etag if isinstance(etag, str) and client.feature_flags is flags else ""
+
+    def lend_etag(self, flags: list[Any], etag: str) -> bool:
+        """Have the client ask whether this very list, which it has, is current; False if it has another.
+
+        With its lock, or a fetch that ends just now would leave other flags with this ETag.
+        """
+        client = self._client()
+        if client is None or not client._flag_definition_publication_lock.acquire(blocking=False):
+            return False
+        try:
+            if not flags or client.feature_flags is not flags:
+                return False
+            client._flags_etag = etag
+            return True
+        finally:
+            client._flag_definition_publication_lock.release()
 
     def clear_etag(self) -> None:
         """Make the client's next request ask for a full answer."""

@@ -61,7 +61,10 @@ _PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
 
 
 class Encoded(NamedTuple):
-    """Definitions as bytes, ready to be written: `entries`, the index, then `items`; `size` is of both."""
+    """Definitions as bytes, ready to be written: `entries`, the index, then `items`; `size` is of both.
+
+    `etag` is the API's name for them, "" if it is not known.
+    """
 
     flag_count: int
     cohort_count: int
@@ -69,15 +72,20 @@ class Encoded(NamedTuple):
     items: list[bytes]
     digest: bytes
     size: int
+    etag: str = ""
 
 
 class Decoded(NamedTuple):
-    """Definitions as objects; `values` are the items' objects, one for each of the index's `entries`."""
+    """Definitions as objects; `values` are the items' objects, one for each of the index's `entries`.
+
+    `etag` is the API's name for them, "" if it is not known.
+    """
 
     definitions: Definitions
     digest: bytes
     entries: bytes
     values: list[Any]
+    etag: str = ""
 
 
 def nothing() -> Decoded:
@@ -95,7 +103,7 @@ def content_digest(index: bytes | memoryview, flag_count: int, cohort_count: int
     return digest_of(bytes(index) + _COUNTS.pack(flag_count, cohort_count))
 
 
-def encode(data: object, known: Decoded | None = None) -> tuple[Encoded, Decoded]:
+def encode(data: object, known: Decoded | None = None, etag: str = "") -> tuple[Encoded, Decoded]:
     """Encode definitions as the SDK hands them over.
 
     Returns the bytes, and `data` itself as `Decoded`: its publisher keeps the objects it was given.
@@ -120,8 +128,8 @@ def encode(data: object, known: Decoded | None = None) -> tuple[Encoded, Decoded
             _require_plain(values[number], number, len(flags))
     digest = content_digest(index, len(flags), len(cohorts))
     size = len(index) + sum(map(len, items))
-    encoded = Encoded(len(flags), len(cohorts), index, items, digest, size)
-    return encoded, Decoded(definitions, digest, index, values)
+    encoded = Encoded(len(flags), len(cohorts), index, items, digest, size, etag)
+    return encoded, Decoded(definitions, digest, index, values, etag)
 
 
 def decode(
@@ -131,6 +139,7 @@ def decode(
     cohort_count: int,
     digest: bytes,
     known: Decoded | None = None,
+    etag: str = "",
 ) -> Decoded:
     """Decode definitions, reusing the objects of every item that stands in `known`.
 
@@ -153,7 +162,7 @@ def decode(
                 raise DamagedSnapshotError("items of a wrong shape: an envelope or a cohort")
         except (TypeError, ValueError, InvalidDefinitionsError) as error:
             raise DamagedSnapshotError(f"items of a wrong shape: {error}") from None
-    return Decoded(definitions, digest, entries, values)
+    return Decoded(definitions, digest, entries, values, etag)
 
 
 def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any]:

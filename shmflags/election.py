@@ -15,14 +15,18 @@ records and a clock; `Election` applies them to the page, under its lock.
     and in the same term unless nothing can be served. Holding the lease is no argument: a leader
     deposed and elected again must not publish what it fetched before.
 6.  The SDK sends the ETag of what it last received from the API, which need not be what is published
-    or what it holds. An answer of 304 would then freeze old flags. Where the client is attached its
-    ETag is cleared; else the grant must bring a publish before the next poll, or the leader steps
-    back and lets another worker fetch.
+    or what it holds. An answer of 304 would then freeze old flags. Where the client is attached it
+    is given that of the snapshot, if it evaluates from it, and else none; where it is not, the grant
+    must bring a publish before the next poll, or the leader steps back and lets another worker fetch.
 7.  The same holds for a leader that is granted a fetch while nothing can be served: one without a
     key, or whose requests fail, makes way.
 8.  A 304 and a failure look alike from here, so after `max_term` the leader makes way once, if another
     worker lives. This bounds how long a silent failure goes unnoticed.
 9.  Who makes way, or would lead with an ETag that cannot be trusted, abstains for one interval.
+10. A leader whose client is only starting takes what is served first, and fetches when it has that: it
+    need not wait for the API, and asks with the snapshot's ETag. But only where somebody looks
+    between polls, and until the host's last grant is one and a half intervals old: else workers that
+    live for a moment might put it off for ever.
 """
 
 from __future__ import annotations
@@ -81,24 +85,34 @@ def may_publish(noted: Fence, current: Fence, *, serving: bool) -> bool:
     return noted.term == current.term or not serving
 
 
+def may_wait(grant: Grant, now_ns: int, interval_ns: int) -> bool:
+    """Whether a fetch that is due may be put off for a moment (rule 10)."""
+    return 0 <= now_ns - grant.at_ns < interval_ns * 3 // 2
+
+
 class ClientState(NamedTuple):
     """What is known of this process's client when it polls.
 
     `received` is the digest of what it last received from the API (None: nothing yet, so it has no
-    ETag), `position` the snapshot that it holds, `attached` whether its ETag can be cleared.
+    ETag), `position` the snapshot that it holds, `attached` whether its ETag can be mended, and
+    `is_starting` whether it has no flags yet and will be polled again as soon as it has.
     """
 
     received: bytes | None
     position: Position
     attached: bool
+    is_starting: bool = False
 
 
 class Outcome(NamedTuple):
-    """What became of a poll. `fence` is set if, and only if, a fetch was granted."""
+    """What became of a poll. `fence` is set if, and only if, a fetch was granted.
+
+    `mend_etag` if the client must not fetch with the ETag that it has, or has none.
+    """
 
     leads: bool
     fence: Fence | None = None
-    clear_etag: bool = False
+    mend_etag: bool = False
     events: tuple[str, ...] = ()
 
 
@@ -131,6 +145,8 @@ class Election:
         self.interval_ns = interval_ns
         self.lease_ns = lease_ns
         self.max_term_ns = max_term_ns
+        self.puts_off = False
+        """Whether we lead, and have put off a fetch that is due (rule 10)."""
         self._leads = False
         self._outstanding: _Outstanding | None = None
         self._abstain_until_ns = 0
@@ -208,7 +224,7 @@ class Election:
 
     def resign(self, page: ControlPage) -> bool:
         """Free the lease if it is ours. Raises as `poll` does."""
-        self._leads = False
+        self._leads = self.puts_off = False
         if page.lease().token != self.token:
             return False
         with page.locked():
@@ -311,18 +327,21 @@ class Election:
         self, page: ControlPage, client: ClientState, now_ns: int, may_fetch: bool
     ) -> Outcome:
         fence = None
-        clear_etag = False
+        mend_etag = False
         grant = page.grant()
         serving = page.is_serving()
-        if may_fetch and is_due(
+        due = may_fetch and is_due(
             grant,
             now_ns,
             self.interval_ns,
             serving=serving,
             is_dead=self.host.is_provably_dead,
-        ):
+        )
+        waits = serving and client.is_starting and may_wait(grant, now_ns, self.interval_ns)
+        self.puts_off = due and waits
+        if due and not waits:
             trusted = _trusts(page, client)
-            clear_etag = not trusted and client.attached
+            mend_etag = client.attached and (client.received is None or not trusted)
             must_publish = not serving or not (trusted or client.attached)
             self._outstanding = _Outstanding(threading.get_ident(), now_ns) if must_publish else None
             page.write_grant(
@@ -337,7 +356,7 @@ class Election:
             page.count("granted")
             fence = page.fence()
         events, self._events = tuple(self._events), []
-        return Outcome(self._leads, fence, clear_etag, events)
+        return Outcome(self._leads, fence, mend_etag, events)
 
     def _abstain(self, term: int, now_ns: int) -> None:
         self._abstained_term = term

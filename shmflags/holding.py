@@ -49,7 +49,8 @@ class Holding:
         # of which `received` does not tell yet.
         self.is_asking = False
 
-    def client_state(self) -> ClientState:
+    def client_state(self, *, watched: bool) -> ClientState:
+        """The client as the election is to see it; `watched` if a watcher looks between its polls."""
         attached = self.attachment is not None and self.attachment.is_live
         received = self.received
         if attached and received is not None and not self._is_evaluated():
@@ -58,7 +59,28 @@ class Holding:
             received = UNKNOWN_DIGEST
         # Another thread's fetch may have been installed just before those empty definitions were.
         position = NOTHING if self.gave_nothing and not attached else self.position
-        return ClientState(received, position, attached)
+        is_starting = attached and watched and not self.client_is_loaded()
+        return ClientState(received, position, attached, is_starting)
+
+    def etag_of(self, data: object) -> str:
+        """The API's ETag for `data`, which the client has just received; "" if it is not known."""
+        if self.attachment is None or not isinstance(data, dict):
+            return ""
+        return self.attachment.etag_of(data.get("flags"))
+
+    def mend_etag(self, page: ControlPage) -> None:
+        """The attached client's ETag is none, or not to be trusted: give it that of what it evaluates.
+
+        If that is what is published, and its ETag is known; else the client asks for a full answer.
+        """
+        if self.attachment is None:
+            return
+        held = self.decoded
+        if held is not None and held.etag and self.position == page.position():
+            self.received = held.digest  # First: a fetch that ends just now is to have the last word.
+            if self.attachment.lend_etag(held.definitions["flags"], held.etag):
+                return
+        self.attachment.clear_etag()
 
     def after_fork(self) -> None:
         """In a forked child: the answer to a fetch of the parent's went to the parent."""
@@ -106,6 +128,10 @@ class Holding:
         if self.attachment is None or self.decoded is None:
             return False
         return self.attachment.evaluates(self.decoded.definitions["flags"])
+
+    def client_is_loaded(self) -> bool:
+        """Whether the attached client has loaded flags."""
+        return self.attachment is not None and self.attachment.is_loaded
 
     def client_has(self, decoded: codec.Decoded) -> bool:
         """Whether the attached client evaluates from this very list already."""

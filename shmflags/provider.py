@@ -8,15 +8,16 @@
 3.  `election.py` answers. A follower reads a few words, finds a live leader, and the answer is
     False. The leader renews its lease under the page's lock, `publication.py` looks after the
     snapshot, and if the host's last grant is half an interval old the answer is True; what may
-    later be published is noted first, as a fence. With an `upstream`, it is asked before the API.
+    later be published is noted first, as a fence. An attached client then asks with the ETag of what
+    is published, if it has that. With an `upstream`, it is asked before the API.
 4.  True: the SDK fetches, and on a 200 calls `on_flag_definitions_received`. `codec.py` encodes,
     `snapshot.py` writes a draft, and `publication.py` puts it in place if nothing overtook the
     fetch. On a 304 the SDK calls nothing.
 5.  False: the SDK calls `get_flag_definitions`. The page names a position; if it is the one that
     was loaded, the same objects are handed out again (or None, where `attachment.py` sees that the
     client has them). Else `snapshot.py` maps the new one and `codec.py` decodes what changed.
-6.  Between polls `watcher.py` asks `member.py` whether we are behind what the page says, or nobody
-    leads, and then has the client poll at once.
+6.  Between polls `watcher.py` looks whether we are behind what the page says, nobody leads, or we
+    put off a fetch while the client was starting, and then has the client poll at once.
 
 None of the four methods raises, as the SDK takes an exception for "fetch": what goes wrong goes to
 `journal.py`, and the answer is the safe one. None of them waits, but for the one cold start: nothing
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmflags import codec, servers, settings
 from shmflags.attachment import Attachment
-from shmflags.election import Outcome
+from shmflags.election import ClientState, Outcome
 from shmflags.errors import DamagedSnapshotError, LockTimeoutError, PageReplacedError, UnsafePathError
 from shmflags.file_lock import abandon_inherited
 from shmflags.holding import Holding
@@ -116,6 +117,7 @@ class SharedMemoryFlagCache:
                 upstream, self._settings, self._holding, self._publisher, self._complain
             )
         self._watchers = Watchers(self._notice, self._complain)
+        self._reloader: Watcher | None = None
         if hasattr(os, "register_at_fork"):
             this: weakref.ref[SharedMemoryFlagCache] = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: _after_fork(this))
@@ -191,7 +193,7 @@ class SharedMemoryFlagCache:
     def attach(self, client: Any, *, watch: bool = True, interval: float = 0.05) -> None:
         """Tell the cache which `posthog.Posthog` client it serves; one client per cache.
 
-        Then an unchanged poll is free, a stale ETag is cleared, and (unless `watch` is False) a
+        Then an unchanged poll is free, the client never asks with a stale ETag, and (unless `watch` is False) a
         thread has the client poll as soon as something was published, looking every `interval`
         seconds. The client is held weakly. Raises `TypeError` or `ValueError` for what is no client
         of this cache, or a second one.
@@ -209,7 +211,7 @@ class SharedMemoryFlagCache:
         if difference:
             self._complain("poll_interval differs", difference)
         if watch:
-            self.watch(attachment.reload, interval)
+            self._reloader = self.watch(attachment.reload, interval)
 
     def status(self) -> Status:
         """What is going on for this service key on this host, and what is wrong, in words.
@@ -281,15 +283,20 @@ class SharedMemoryFlagCache:
             return False
         with member.lock:
             self._publisher.tend(member, page)
-            outcome = member.election.poll(page, self._holding.client_state())
+            outcome = member.election.poll(page, self._client_state())
         return self._act_on(member, page, outcome)
+
+    def _client_state(self) -> ClientState:
+        return self._holding.client_state(
+            watched=self._reloader is not None and self._reloader.is_alive
+        )
 
     def _act_on(self, member: Member, page: ControlPage, outcome: Outcome) -> bool:
         """Log what happened and note the fence; True if a fetch was granted."""
         for event in outcome.events:
             member.tell(event, page)
-        if outcome.clear_etag and self._holding.attachment is not None:
-            self._holding.attachment.clear_etag()
+        if outcome.mend_etag:
+            self._holding.mend_etag(page)
         fence = outcome.fence
         if fence is not None:
             self._publisher.clean_up(member, page)
@@ -354,7 +361,7 @@ class SharedMemoryFlagCache:
                     # A first publish that was cut short is a publish; a fetch granted now would only
                     # be dropped for it.
                     self._publisher.tend(member, page)
-                outcome = member.election.take_over(page, self._holding.client_state())
+                outcome = member.election.take_over(page, self._client_state())
         except LockTimeoutError as error:
             self._note_busy(member, error)
             return False
@@ -365,7 +372,10 @@ class SharedMemoryFlagCache:
     # -- between polls, and trouble
 
     def _notice(self) -> Hashable | None:
-        return self._me().sees_to_do(lambda: self._holding.position)
+        member = self._me()
+        if member.election.puts_off and self._holding.client_is_loaded():
+            return "a fetch was put off"
+        return member.sees_to_do(lambda: self._holding.position)
 
     def _look_at_server(self) -> None:
         if not self._told_of_server:

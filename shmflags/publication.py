@@ -163,7 +163,7 @@ def _encoded_again(holding: codec.Decoded | None) -> codec.Encoded | None:
     if holding is None:
         return None
     try:
-        encoded, _ = codec.encode(holding.definitions, holding)
+        encoded, _ = codec.encode(holding.definitions, holding, holding.etag)
     except InvalidDefinitionsError:
         return None
     return encoded if encoded.digest == holding.digest else None

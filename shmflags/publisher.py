@@ -47,7 +47,8 @@ class Publisher:
             member.election.note_received()
             self._holding.received = UNKNOWN_DIGEST
             try:
-                encoded, decoded = codec.encode(data, self._holding.decoded)
+                etag = self._holding.etag_of(data)
+                encoded, decoded = codec.encode(data, self._holding.decoded, etag)
             except InvalidDefinitionsError as error:
                 self._complain("what was fetched cannot be shared, and what was served stays", error)
                 return False
@@ -84,7 +85,7 @@ class Publisher:
             if page.is_serving() and page.digest() == found.digest:
                 self._confirm(member, page, fence)
                 return True
-            encoded, _ = codec.encode(found.definitions, found)
+            encoded, _ = codec.encode(found.definitions, found, found.etag)
         self._publish(member, page, Pending(encoded, found, fence), fence)
         return HEADER_BYTES + encoded.size <= self._settings.max_bytes
 

@@ -15,8 +15,10 @@ check it, and decode from the map. Layout, little-endian:
     64      4     number of flags
     68      4     number of cohorts
     72      16    content digest (over the index and the two counts)
-    88      16    digest of the 88 bytes before
-    104     20*n  index: n = 1 + flags + cohorts entries (codec.py)
+    88      88    the API's ETag for this content, in printable ASCII, padded with zeros; empty if
+                  it is not known, longer, or anything else
+    176     16    digest of the 176 bytes before
+    192     20*n  index: n = 1 + flags + cohorts entries (codec.py)
     …             the items' bytes, one after the other (codec.py)
 
 So the header vouches for the index, the index for each item, and a reader that holds an item
@@ -39,7 +41,8 @@ from shmflags.errors import DamagedSnapshotError
 from shmflags.runtime_dir import RuntimeDir, may_replace, open_private
 
 _MAGIC = b"shmflags"
-_FIELDS = struct.Struct("<8sQQQ16sQQII16s")
+_ETAG_BYTES = 88
+_FIELDS = struct.Struct(f"<8sQQQ16sQQII16s{_ETAG_BYTES}s")
 HEADER_BYTES = _FIELDS.size + codec.DIGEST_BYTES
 DEFAULT_MAX_BYTES = 256 * 1024 * 1024
 # No number that rises by one at a time gets here; one that is there already was not written by us.
@@ -67,6 +70,7 @@ class Header(NamedTuple):
     flag_count: int
     cohort_count: int
     digest: bytes
+    etag: str = ""
 
 
 class Signature(NamedTuple):
@@ -169,9 +173,8 @@ def read(directory: RuntimeDir, max_bytes: int, known: codec.Decoded | None = No
     """
     with _named(directory.snapshot_path), MappedSnapshot(directory, max_bytes) as mapped:
         header = mapped.header
-        decoded = codec.decode(
-            mapped.index, mapped.body, header.flag_count, header.cohort_count, header.digest, known
-        )
+        counts = header.flag_count, header.cohort_count
+        decoded = codec.decode(mapped.index, mapped.body, *counts, header.digest, known, header.etag)
         return Snapshot(header, decoded)
 
 
@@ -192,7 +195,7 @@ def _checked_header(view: memoryview, size: int) -> Header:
     fields = bytes(view[: _FIELDS.size])
     if codec.digest_of(fields) != view[_FIELDS.size :]:
         raise DamagedSnapshotError("its header does not match its digest")
-    (magic, incarnation, generation, count, boot, length, wall, flags, cohorts, digest) = (
+    (magic, incarnation, generation, count, boot, length, wall, flags, cohorts, digest, etag) = (
         _FIELDS.unpack(fields)
     )
     if magic != _MAGIC or length != size or not incarnation or not 0 < generation < IMPOSSIBLE > count:
@@ -206,6 +209,7 @@ def _checked_header(view: memoryview, size: int) -> Header:
         flag_count=flags,
         cohort_count=cohorts,
         digest=digest,
+        etag=_sound_etag(etag.rstrip(b"\0").decode("latin-1")),
     )
 
 
@@ -251,6 +255,7 @@ class Draft:
             encoded.flag_count,
             encoded.cohort_count,
             encoded.digest,
+            _sound_etag(encoded.etag).encode("ascii"),
         )
         _write_all(self._descriptor, fields + codec.digest_of(fields), 0)
         may_replace(self._target, self._uid)
@@ -264,6 +269,7 @@ class Draft:
             encoded.flag_count,
             encoded.cohort_count,
             encoded.digest,
+            encoded.etag,
         )
 
     def discard(self) -> None:
@@ -275,6 +281,11 @@ class Draft:
             os.unlink(self._path)
         except OSError:
             pass
+
+
+def _sound_etag(etag: str) -> str:
+    """The ETag if it can be stored, and sent in a request; else none."""
+    return etag if len(etag) <= _ETAG_BYTES and etag.isascii() and etag.isprintable() else ""
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,47 @@ def test_which_flags_the_client_evaluates(
     assert attachment.holds(asked) is holds
 
 
+def test_the_etag_of_what_was_received(provider: SharedMemoryFlagCache, client: Posthog) -> None:
+    """It is the client's, as long as the client has that very list; else it may be that of another."""
+    attachment = Attachment(client, provider)
+    assert not attachment.is_loaded
+    client.feature_flags = FLAGS
+    assert attachment.is_loaded
+    assert attachment.etag_of(FLAGS) == ""
+    client._flags_etag = '"1"'
+    assert attachment.etag_of(FLAGS) == '"1"'
+    assert attachment.etag_of([*FLAGS]) == ""
+    assert attachment.etag_of(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("has", "flags", "lent"),
+    [(FLAGS, FLAGS, True), ([*FLAGS], FLAGS, False), (None, FLAGS, False), ([], [], False)],
+    ids=["that", "equal", "not loaded", "none"],
+)
+def test_an_etag_is_lent_for_the_very_list(
+    provider: SharedMemoryFlagCache, client: Posthog, has: Any, flags: list[Any], lent: bool
+) -> None:
+    """The client asks with it only if it evaluates from that very list, and there are flags in it."""
+    attachment = Attachment(client, provider)
+    client.feature_flags = has
+    assert attachment.lend_etag(flags, '"1"') is lent
+    assert client._flags_etag == ('"1"' if lent else None)
+
+
+def test_an_etag_is_not_lent_while_the_client_installs_others(
+    provider: SharedMemoryFlagCache, client: Posthog
+) -> None:
+    """Whoever installs flags with their ETag at this moment is not waited for, and not disturbed."""
+    attachment = Attachment(client, provider)
+    client.feature_flags = FLAGS
+    with client._flag_definition_publication_lock:
+        lent = ThreadPoolExecutor().submit(attachment.lend_etag, FLAGS, '"1"').result(60)
+    assert not lent
+    assert client._flags_etag is None
+    assert attachment.lend_etag(FLAGS, '"1"')
+
+
 def test_a_client_that_is_gone(provider: SharedMemoryFlagCache) -> None:
     """Being attached keeps no client alive, and one that is gone evaluates nothing and is asked for nothing."""
     client = client_of(provider)
@@ -77,5 +119,8 @@ def test_a_client_that_is_gone(provider: SharedMemoryFlagCache) -> None:
     assert not attachment.evaluates([])
     assert not attachment.holds(FLAGS)
     assert attachment.differs_from(1.0) == ""
+    assert not attachment.is_loaded
+    assert attachment.etag_of(FLAGS) == ""
+    assert not attachment.lend_etag(FLAGS, '"1"')
     attachment.clear_etag()
     attachment.reload()

@@ -17,10 +17,11 @@ from shmflags.election import (
     Outcome,
     is_due,
     may_publish,
+    may_wait,
     why_takeable,
 )
 from shmflags.page import Fence, Grant, Lease
-from shmflags.processes import Identity
+from shmflags.processes import NOBODY, Identity
 from shmflags.publication import is_successor
 from shmflags.runtime_dir import RuntimeDir, locate
 from shmflags.snapshot import NOTHING, Header, Position
@@ -436,10 +437,13 @@ def test_a_claim_of_what_is_ours_renews_it(rivals: Rivals) -> None:
     ],
 )
 @pytest.mark.parametrize("attached", [False, True])
-def test_a_doubtful_etag_is_cleared_or_makes_others_go_first(
+def test_a_doubtful_etag_is_mended_or_makes_others_go_first(
     rivals: Rivals, received: bytes | None, position: Position, trusted: bool, attached: bool
 ) -> None:
-    """Received and held must be what is published; else the ETag is cleared, or another goes first."""
+    """Received and held must be what is published; else the ETag is mended, or another goes first.
+
+    A client that has none asks for a full answer; an attached one is given one if there is one to be had.
+    """
     first, second, third = rivals.join(), rivals.join(), rivals.join()
     first.poll()
     first.publish()
@@ -450,7 +454,7 @@ def test_a_doubtful_etag_is_cleared_or_makes_others_go_first(
     held = position if position.incarnation else Position(incarnation, position.generation)
     second.client = ClientState(received, held, attached)
     outcome = second.poll()
-    assert outcome.clear_etag == (attached and not trusted)
+    assert outcome.mend_etag == (attached and (received is None or not trusted))
     assert (outcome.fence is not None) == (attached or trusted)
     if attached or trusted:
         return
@@ -461,6 +465,47 @@ def test_a_doubtful_etag_is_cleared_or_makes_others_go_first(
     rivals.machine.pass_time(1)
     assert second.election.may_lead(second.page)
     assert second.poll().fence is not None, "nobody came: then it leads all the same"
+
+
+@pytest.mark.parametrize(
+    ("since_s", "waits"), [(-1, False), (0, True), (15, True), (44, True), (45, False), (900, False)]
+)
+def test_a_fetch_may_wait_for_a_moment(since_s: int, waits: bool) -> None:
+    """Until the host's last grant is one and a half intervals old; one in the future is nobody's."""
+    grant = Grant(1000 * S, 1, NOBODY, 0, 0)
+    assert may_wait(grant, (1000 + since_s) * S, 30 * S) is waits
+
+
+def test_a_client_that_is_starting_is_served_first(rivals: Rivals) -> None:
+    """Its fetch waits for its next poll, while it leads; what is served must be there."""
+    first, second = rivals.join(), rivals.join()
+    first.client = second.client = ClientState(None, NOTHING, attached=True, is_starting=True)
+    assert first.poll().fence is not None, "there is nothing to be served"
+    first.publish()
+    rivals.machine.dead.add(1)
+    rivals.machine.pass_time(20)
+    assert second.poll() == Outcome(
+        leads=True, events=("took over: from process 1, as its holder is dead",)
+    )
+    assert second.election.puts_off
+    assert second.page.grant().token == 1
+    second.client = ClientState(None, second.page.position(), attached=True)
+    assert second.poll().fence is not None
+    assert not second.election.puts_off
+
+
+def test_who_leaves_puts_off_nothing(rivals: Rivals) -> None:
+    """Whoever resigns while a fetch waits owes it no more."""
+    first, second = rivals.join(), rivals.join()
+    first.poll()
+    first.publish()
+    first.election.resign(first.page)
+    rivals.machine.pass_time(20)
+    second.client = ClientState(None, NOTHING, attached=True, is_starting=True)
+    second.poll()
+    assert second.election.puts_off
+    second.election.resign(second.page)
+    assert not second.election.puts_off
 
 
 def test_a_doubtful_etag_alone_leads_at_once(rivals: Rivals) -> None:

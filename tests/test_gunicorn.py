@@ -100,7 +100,7 @@ def test_workers_that_come_and_go(site: Site, recipe: str, application: str, loa
     right = values("cheaper")
     answers = server.ask_until(lambda answer: True, "have come and gone", workers=6 * WORKERS)
     assert [answer for answer in answers if answer.values != right] == []
-    check_full_requests(server, one=loaded != "")
+    assert site.api.full == 1, f"{site.api.requests}\n{server.log}"
     # It may fetch when its predecessor's last fetch is half an interval old.
     check_requests(site.api, apart_s=interval_s / 2)
 
@@ -117,16 +117,8 @@ def test_a_reload(site: Site, recipe: str, application: str, loaded: str) -> Non
     server.wait_until(lambda: not any(psutil.pid_exists(pid) for pid in old), "the old ones are gone")
     answers += server.ask_until_requests(site.api.count + 2)
     assert [answer for answer in answers if answer.values != right] == []
-    check_full_requests(server, one=loaded != "")
+    assert site.api.full == 1, f"{site.api.requests}\n{server.log}"
     check_requests(site.api)
-
-
-def check_full_requests(server: HttpServer, *, one: bool) -> None:
-    """One full request, or one by each new leader: its client has asked nothing yet and has no ETag."""
-    leaders = len(server.logged("INFO:shmflags:elected")) + len(
-        server.logged("INFO:shmflags:took over")
-    )
-    assert 1 <= server.api.full <= (1 if one else leaders), f"{server.api.requests}\n{server.log}"
 
 
 AS_NOBODY = ["--user", "nobody", "--group", str(pwd.getpwnam("nobody").pw_gid)]

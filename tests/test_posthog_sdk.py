@@ -133,6 +133,22 @@ def test_a_304_changes_nothing(server: DefinitionsServer, directory: Path) -> No
     assert server.full == 1
 
 
+def test_a_new_leader_asks_with_the_etag_of_the_last(
+    server: DefinitionsServer, directory: Path
+) -> None:
+    """A leader that has never asked the API is told "not modified", or what is new, as the last one would be."""
+    with workers(2) as (leader, successor):
+        set_up([leader, successor], server, directory, attach=True, watch=False, poll_interval=0.2)
+        assert leader.call("poll") == successor.call("poll") == ["one"]
+        leader.kill()
+        asked = server.count
+        wait_until(lambda: successor.call("poll") == ["one"] and server.answered > asked, "it asks")
+        assert (server.full, server.not_modified) == (1, server.count - 1)
+        server.set_definitions(D0)
+        wait_until(lambda: successor.call("poll") == ["zero"], "it learns of a change")
+    assert server.full == 2
+
+
 def test_an_api_that_refuses_the_key_leaves_the_snapshot(
     server: DefinitionsServer, directory: Path
 ) -> None:

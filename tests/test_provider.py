@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,8 @@ class Client:
         self.feature_flags: list[Any] | None = None
         self.poll_interval = INTERVAL_S
         self._flags_etag: str | None = None
+        self.asked_with: list[str | None] = []
+        self._flag_definition_publication_lock = threading.RLock()
 
     def _load_feature_flags(self) -> None:
         if self.cache.should_fetch_flag_definitions():
@@ -246,6 +249,7 @@ class Client:
 
     def _fetch(self) -> None:
         content = self.api["content"]
+        self.asked_with.append(self._flags_etag)
         if self._flags_etag == content:
             return
         data = definitions(content)
@@ -291,6 +295,108 @@ def test_flags_that_go_back_are_everywhere_within_three_intervals(
             group.machine.pass_time(0.01)
         group.machine.pass_time(INTERVAL_S - 0.03)
     assert [client.keys for client in (former, *others)] == [["D0"]] * 3
+
+
+def test_an_attached_leader_asks_with_the_etag_of_what_it_serves(group: Group) -> None:
+    """Whoever leads for the first time asks whether what is served is current, and learns if it is not."""
+    api = {"content": "D0"}
+    leader, successor, last = (Client(group.worker(), api) for _ in range(3))
+    for client in (leader, successor, last):
+        client.cache.attach(client, watch=False)
+        client._load_feature_flags()
+    for client in (successor, last):
+        group.kill(leader.cache)
+        leader = client
+        group.machine.pass_time(INTERVAL_S)
+        client._load_feature_flags()
+        assert client.asked_with == ["D0"]
+    api["content"] = "D1"
+    group.machine.pass_time(INTERVAL_S)
+    leader._load_feature_flags()
+    assert (leader.asked_with, leader.keys) == (["D0", "D0"], ["D1"])
+
+
+def test_an_etag_is_not_lent_for_what_the_client_does_not_have(group: Group) -> None:
+    """A leader whose client evaluates from something else, or is installing it, asks for a full answer."""
+    api = {"content": "D0"}
+    leader, other, busy = (Client(group.worker(), api) for _ in range(3))
+    for client in (leader, other, busy):
+        client.cache.attach(client, watch=False)
+        client._load_feature_flags()
+    other.feature_flags = definitions("D0")["flags"]
+    group.kill(leader.cache)
+    group.machine.pass_time(INTERVAL_S)
+    other._load_feature_flags()
+    assert other.asked_with == [None]
+    group.kill(other.cache)
+    group.machine.pass_time(INTERVAL_S)
+    assert busy.cache.get_flag_definitions() is None
+    with_lock = threading.Event()
+    release = threading.Event()
+
+    def install() -> None:
+        with busy._flag_definition_publication_lock:
+            with_lock.set()
+            release.wait(60)
+
+    thread = threading.Thread(target=install)
+    thread.start()
+    assert with_lock.wait(60)
+    busy._load_feature_flags()
+    release.set()
+    thread.join()
+    assert busy.asked_with == [None]
+
+
+def starting(group: Group, **arguments: Any) -> Client:
+    """A worker that joins after the leader was killed, when a fetch has fallen due."""
+    api = {"content": "D0"}
+    leader = Client(group.worker(), api)
+    leader.cache.attach(leader, watch=False)
+    leader._load_feature_flags()
+    group.kill(leader.cache)
+    api["content"] = "D1"
+    late = Client(group.worker(), api)
+    late.cache.attach(late, **arguments)
+    return late
+
+
+@pytest.mark.parametrize("intervals", [0.5, 1.49])
+def test_a_worker_that_starts_takes_what_is_served_and_fetches_then(
+    group: Group, intervals: float
+) -> None:
+    """A fetch that is due waits until the client has flags; its watcher sees to it at the next look."""
+    late = starting(group, interval=3600.0)
+    group.machine.pass_time(intervals * INTERVAL_S)
+    late._load_feature_flags()
+    assert (late.keys, late.asked_with) == (["D0"], [])
+    assert late.cache._notice() is not None
+    late._load_feature_flags()
+    assert (late.keys, late.asked_with) == (["D1"], ["D0"])
+    assert late.cache._notice() is None
+    late.cache.shutdown()
+
+
+def test_a_fetch_is_put_off_until_the_client_has_flags(group: Group) -> None:
+    """While the client has not installed what it was handed, there is nothing for its watcher to see."""
+    late = starting(group, interval=3600.0)
+    group.machine.pass_time(INTERVAL_S)
+    assert late.cache.should_fetch_flag_definitions() is False
+    assert served(late.cache) == ["D0"]
+    assert late.cache._notice() is None
+    late.cache.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("intervals", "watch"), [(1.5, True), (1.0, False)], ids=["too long ago", "nobody looks"]
+)
+def test_a_fetch_is_not_put_off(group: Group, intervals: float, watch: bool) -> None:
+    """Not where it would wait for the next poll, nor one and a half intervals after the last grant."""
+    late = starting(group, watch=watch, interval=3600.0)
+    group.machine.pass_time(intervals * INTERVAL_S)
+    late._load_feature_flags()
+    assert (late.keys, late.asked_with) == (["D1"], [None])
+    late.cache.shutdown()
 
 
 def test_a_leader_that_cannot_fetch_makes_way(group: Group) -> None:

@@ -60,6 +60,30 @@ def test_what_is_written_is_read(home: RuntimeDir) -> None:
     assert snapshot.verify(home, MAX_BYTES) == snapshot.read_header(home, MAX_BYTES) == written
 
 
+@pytest.mark.parametrize(
+    ("etag", "kept"),
+    [
+        ("", ""),
+        ('W/"abc"', 'W/"abc"'),
+        ("x" * 88, "x" * 88),
+        ("x" * 89, ""),
+        ("\u00e9", ""),
+        ("\ud800", ""),
+        ("a\nb", ""),
+    ],
+    ids=["none", "weak", "longest", "too long", "no ASCII", "no text", "a line break"],
+)
+def test_the_etag_travels_with_its_content(home: RuntimeDir, etag: str, kept: str) -> None:
+    """A reader learns the API's ETag for what it reads; one that does not fit is left out."""
+    encoded, _ = codec.encode(DATA, etag=etag)
+    draft = Draft(home, encoded, "1-2-3-4")
+    draft.put_in_place(Position(5, 7), 9, boot_id=1 << 100, wall_ns=11)
+    draft.discard()
+    found = snapshot.read(home, MAX_BYTES)
+    assert (found.header.etag, found.decoded.etag) == (kept, kept)
+    assert found.decoded.digest == codec.encode(DATA)[0].digest
+
+
 def test_a_draft_is_invisible_until_it_is_put_in_place(home: RuntimeDir) -> None:
     """A draft stands under another name, and leaves nothing behind when it is given up."""
     write(home)
@@ -212,8 +236,8 @@ def test_every_truncation_is_noticed(home: RuntimeDir) -> None:
         snapshot.read(home, MAX_BYTES)
 
 
-FIELDS = struct.Struct("<8sQQQ16sQQII16s")
-NAMES = "magic incarnation generation count boot size wall flags cohorts digest".split()
+FIELDS = struct.Struct("<8sQQQ16sQQII16s88s")
+NAMES = "magic incarnation generation count boot size wall flags cohorts digest etag".split()
 NOT_OF_A_SNAPSHOT = "its header is not that of a snapshot of this size"
 TOP = 2**64 - 1
 
@@ -268,6 +292,14 @@ def test_a_forged_header_is_refused_for_its_reason(
         with pytest.raises(DamagedSnapshotError) as caught:
             check(home, MAX_BYTES)
         assert (caught.value.reason, caught.value.path) == (reason, os.fspath(home.snapshot_path))
+
+
+@pytest.mark.parametrize("etag", [b"\xff", b"a\r\nb", b"a\0b"], ids=["no ASCII", "lines", "a zero"])
+def test_a_forged_etag_is_none(home: RuntimeDir, etag: bytes) -> None:
+    """What could not be sent in a request is left out, and the rest is served."""
+    forge(home, etag=etag)
+    found = snapshot.read(home, MAX_BYTES)
+    assert (found.header.etag, found.decoded.definitions) == ("", DATA)
 
 
 def test_damage_of_the_header_is_named(home: RuntimeDir) -> None:

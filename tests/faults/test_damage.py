@@ -13,6 +13,7 @@ import pytest
 
 from shmflags import snapshot
 from shmflags.page import PAGE_BYTES
+from shmflags.snapshot import HEADER_BYTES
 from tests.faults.harness import (
     NOBODY_UID,
     Ear,
@@ -25,7 +26,7 @@ from tests.support import require_root
 
 FILES = ["page", "snapshot"]
 STATES = ["running", "rest"]
-HEADER_FIELDS = (0, 8, 16, 24, 32, 48, 56, 64, 68, 72, 88, 104)
+HEADER_FIELDS = (0, 8, 16, 24, 32, 48, 56, 64, 68, 72, 88, 176, 192)
 USED_WORDS, PAGE_HEADER_WORDS = 70, 128
 FILLINGS: dict[str, Callable[[int], bytes]] = {
     "zeros": bytes,
@@ -104,7 +105,7 @@ def test_bits_of_the_worker_table_flipped(scene: Scene, state: str) -> None:
 def test_truncated(scene: Scene, name: str, state: str) -> None:
     """A file cut off anywhere, header boundaries included, or grown, is recognised and mended."""
     size = scene.path(name).stat().st_size
-    boundaries = set(HEADER_FIELDS) | {104 + 20 * i for i in range(8)}
+    boundaries = set(HEADER_FIELDS) | {HEADER_BYTES + 20 * i for i in range(8)}
     if name == "page":
         boundaries |= {8 * word for word in (*range(USED_WORDS), PAGE_HEADER_WORDS)} | {4096, 8192}
     for edge in sorted(boundaries):
@@ -124,7 +125,7 @@ def test_overwritten(scene: Scene, name: str, state: str, filling: str) -> None:
     """Zeros, 0xFF or random bytes, of any size, in place of a file are recognised and mended."""
     size = scene.path(name).stat().st_size
     fill = FILLINGS[filling]
-    for length in (0, 1, 8, 104, size - 1, size, size + 1, PAGE_BYTES, 1 << 20):
+    for length in (0, 1, 8, HEADER_BYTES, size - 1, size, size + 1, PAGE_BYTES, 1 << 20):
         scene.survive(partial(scene.put, name, fill(length)), running=state == "running")
     # The first words as they are, which is as far as some would look; then the filling.
     for kept in (8, 16, 32, 64, 128, 136, 144, 256, 512, 1024):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 
 from shmflags import election, file_lock, provider, publication
-from shmflags.page import Fence, Lease
-from tests.faults.simulation import FAULTS, Schedule, simulate, strike
+from shmflags.holding import Holding
+from shmflags.page import ControlPage, Fence, Lease
+from tests.faults.simulation import FAULTS, Plan, Schedule, simulate, strike
 
 FILE = "tests/faults/test_simulation.py"
 
@@ -129,9 +133,19 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+def _lend_anything(self: Holding, _: ControlPage) -> None:
+    held, attachment = self.decoded, self.attachment
+    if attachment is not None and held is not None and (client := attachment._client()) is not None:
+        client._flags_etag, self.received = held.etag or None, held.digest
+
+
+def _of_etags(random: Random) -> Plan:
+    """Where everything turns on ETags: attached clients, and definitions that go back to what they were."""
+    return replace(Plan.of(random), attached="all", etags="content", contents=2)
+
+
 PLANTED: dict[str, list[tuple[Any, str, Any]]] = {
     "no fencing": [(election, "may_publish", _always)],
-    "ETag ignored": [(election, "_trusts", _always)],
     "grants without pause": [(election, "is_due", _always)],
     "lock on a file that was replaced": [(file_lock.FileLock, "guards_its_path", _always)],
     "a child keeps the locks of its parent": [(provider, "abandon_inherited", _nothing)],
@@ -154,6 +168,19 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
     for place, name, stand_in in PLANTED[fault]:
         monkeypatch.setattr(place, name, stand_in)
     assert first_broken(simulate)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "stand_in"),
+    [(election, "_trusts", _always), (Holding, "mend_etag", _lend_anything)],
+    ids=["ETag ignored", "an ETag lent for what is not published"],
+)
+def test_a_planted_fault_of_etags_is_found(
+    place: object, name: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever goes by an ETag that is not that of what is published serves old flags for ever."""
+    monkeypatch.setattr(place, name, stand_in)
+    assert "converged" in first_broken(functools.partial(simulate, drawn=_of_etags))
 
 
 def test_generation_from_the_page_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

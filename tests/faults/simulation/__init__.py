@@ -17,7 +17,7 @@
 """
 
 from .every_step import StruckSchedule, strike
-from .plan import FAULTS
+from .plan import FAULTS, Plan
 from .schedule import Schedule, simulate
 
-__all__ = ["FAULTS", "Schedule", "StruckSchedule", "simulate", "strike"]
+__all__ = ["FAULTS", "Plan", "Schedule", "StruckSchedule", "simulate", "strike"]

@@ -114,7 +114,7 @@ class Client:
         self._make_locks()
 
     def _make_locks(self) -> None:
-        self._publication_lock = Lock(self._world, reentrant=True)
+        self._flag_definition_publication_lock = Lock(self._world, reentrant=True)
         self._write_lock = Lock(self._world, reentrant=True)
 
     @property
@@ -170,7 +170,7 @@ class Client:
                 before = self._installed
                 world.step(2)
                 if cached:
-                    with self._publication_lock:
+                    with self._flag_definition_publication_lock:
                         self._install(cached["flags"], overtaken=before != self._installed)
                     return
                 should_fetch = not self.feature_flags
@@ -190,7 +190,7 @@ class Client:
     def _fetch(self) -> None:
         task = self._world.running()
         fetch = self._ledger.note_request(task)
-        with self._publication_lock:
+        with self._flag_definition_publication_lock:
             self._begun += 1
             number, etag = self._begun, self._flags_etag
         try:
@@ -202,7 +202,7 @@ class Client:
         fetch.stamp = answer.stamp
         if answer.data is not None:
             self._ledger.note_answer(answer.data["flags"], fetch)
-        with self._publication_lock:
+        with self._flag_definition_publication_lock:
             if number <= self._published:
                 return
             if answer.data is None:
@@ -216,7 +216,7 @@ class Client:
             self._published = self._stored = number
         self._world.step(5)
         with self._write_lock:
-            with self._publication_lock:
+            with self._flag_definition_publication_lock:
                 should_store = number == self._stored
             if should_store:
                 self._store(fetch, data)
@@ -233,7 +233,7 @@ class Client:
             task.delivering = None
 
     def _clear(self, number: int) -> None:
-        with self._publication_lock:
+        with self._flag_definition_publication_lock:
             if number > self._published:
                 self._install([])
                 self._flags_etag = None

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 from .client import Server
 from .faults import Faults
@@ -25,7 +26,7 @@ from .world import SECOND_NS, Process, Task, World
 
 
 class Schedule:
-    """One seed, run in `directory`; by a plan that is drawn from it, if none is given."""
+    """One seed, run in `directory`; by a plan that is `drawn` from it, if none is given."""
 
     def __init__(
         self,
@@ -33,13 +34,14 @@ class Schedule:
         directory: Path,
         *,
         plan: Plan | None = None,
+        drawn: Callable[[Random], Plan] = Plan.of,
         verbose: bool = False,
         knows_start_times: bool = True,
     ) -> None:
         self.seed = seed
         self.world = World(seed, verbose=verbose)
         self.random = self.world.random
-        self.plan = plan or Plan.of(self.random)
+        self.plan = plan or drawn(self.random)
         self.ledger = Ledger(self.world, int(INTERVAL_S * SECOND_NS))
         self.server = Server(self.world, self.ledger, self.plan.etags, self.plan.contents)
         self.disk = Disk()
@@ -178,14 +180,17 @@ def simulate(
     verbose: bool = False,
     knows_start_times: bool = True,
     told: Callable[[Schedule], None] | None = None,
+    drawn: Callable[[Random], Plan] = Plan.of,
 ) -> Schedule:
     """Run one schedule to its end, in a directory of its own that is gone afterwards.
 
     `verbose` traces each suspension; `knows_start_times=False` is a host that takes a pid for a
-    process; `told` is called with the schedule before it runs.
+    process; `told` is called with the schedule before it runs; `drawn` draws its plan from the seed.
     """
     with own_directory() as path:
-        schedule = Schedule(seed, path, verbose=verbose, knows_start_times=knows_start_times)
+        schedule = Schedule(
+            seed, path, drawn=drawn, verbose=verbose, knows_start_times=knows_start_times
+        )
         if told is not None:
             told(schedule)
         schedule.run()
