@@ -19,29 +19,41 @@ The index has one entry per item, in order:
     4       16    digest of the item's bytes (the first half of SHA-256, which CPUs have
                   instructions for, and no policy forbids)
 
-The content digest is the digest of the index with the two counts: equal digests mean equal bytes.
+The body follows it, and is one msgpack value, so that a first read is one call:
+
+    offset  size  field
+    0       4     CRC-32 of all that follows (u32, little-endian)
+    4       1     0xdd: a msgpack array, the number of whose elements follows
+    5       4     number of items (u32, big-endian)
+    9       …     the items' bytes, one after the other
+
+The content digest is the digest of the index with the two counts: equal digests mean equal bytes. A
+reader that decodes some of the items compares these with their digests; one that decodes all of them,
+as it has none, compares the body with its checksum.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import os
 import struct
 import sys
-import threading
+import zlib
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import msgpack
 
+from shmflags.collector import collector_paused, settle
 from shmflags.contract import Definitions
 from shmflags.errors import DamagedSnapshotError, InvalidDefinitionsError
 
 DIGEST_BYTES = 16
 ENTRY = struct.Struct(f"<I{DIGEST_BYTES}s")
+_CHECKSUM = struct.Struct("<I")
+_ARRAY = struct.Struct(">BI")
+_ARRAY_MARK = 0xDD
+BODY_HEAD_BYTES = _CHECKSUM.size + _ARRAY.size
 _COUNTS = struct.Struct("<II")
 
 # -2: the smallest length of a bin or ext is 0, and -1 means "no limit" to msgpack.
@@ -52,16 +64,12 @@ _PLAIN_JSON_ONLY = {
     "unicode_errors": "surrogatepass",
 }
 _WALKED_FIRST = 16 * 1024
-# So many new items are worth the collector's settling.
-_MANY = 100
-# So few frozen objects are Python's own: 3.12 starts with hundreds, and has tens of thousands to freeze.
-_FROZEN_BY_PYTHON = 1000
 _CONTAINERS = {dict, list}
 _PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
 
 
 class Encoded(NamedTuple):
-    """Definitions as bytes, ready to be written: `entries`, the index, then `items`; `size` is of both.
+    """Definitions as bytes: `entries`, the index, and the `items` of the body; `size` is of both.
 
     `etag` is the API's name for them, "" if it is not known.
     """
@@ -73,6 +81,12 @@ class Encoded(NamedTuple):
     digest: bytes
     size: int
     etag: str = ""
+
+    @property
+    def body(self) -> bytes:
+        """The body, as it is written behind the index."""
+        items = b"".join([_ARRAY.pack(_ARRAY_MARK, len(self.items)), *self.items])
+        return _CHECKSUM.pack(zlib.crc32(items)) + items
 
 
 class Decoded(NamedTuple):
@@ -116,7 +130,8 @@ def encode(data: object, known: Decoded | None = None, etag: str = "") -> tuple[
     flags, cohorts = definitions["flags"], definitions["cohorts"]
     values: list[Any] = [envelope, *flags, *map(list, cohorts.items())]
     items = _pack_all(values, len(flags))
-    digests = [digest_of(item) for item in items]
+    sha256 = hashlib.sha256  # `digest_of`, without a call for each of thousands.
+    digests = [sha256(item).digest()[:DIGEST_BYTES] for item in items]
     index = b"".join(map(ENTRY.pack, map(len, items), digests))
     # msgpack also takes bytes and keys that are no strings; what a reader would refuse is
     # refused here. Bytes seen before were examined when they were first seen.
@@ -127,7 +142,7 @@ def encode(data: object, known: Decoded | None = None, etag: str = "") -> tuple[
         if digests[number] not in seen:
             _require_plain(values[number], number, len(flags))
     digest = content_digest(index, len(flags), len(cohorts))
-    size = len(index) + sum(map(len, items))
+    size = len(index) + BODY_HEAD_BYTES + sum(map(len, items))
     encoded = Encoded(len(flags), len(cohorts), index, items, digest, size, etag)
     return encoded, Decoded(definitions, digest, index, values, etag)
 
@@ -143,7 +158,7 @@ def decode(
 ) -> Decoded:
     """Decode definitions, reusing the objects of every item that stands in `known`.
 
-    `index` must have been checked against `digest`; each item is checked against its digest before it is decoded.
+    `index` must have been checked against `digest`; each item is checked before it is decoded.
     Raises `DamagedSnapshotError` for anything that `encode` would not have written.
     """
     entries = bytes(index)
@@ -172,7 +187,7 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
     """
     old, old_values = (known.entries, known.values) if known is not None else (b"", [])
     if not old and (values := _first_values(entries, body)):
-        _settle(len(values))
+        settle(len(values))
         return values
     head, tail = _common_ends(old, entries)
     size = len(entries)
@@ -180,7 +195,7 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
     first, after = head // ENTRY.size, len(old_values) - tail // ENTRY.size
     seen = dict(zip(_digests(old_middle), old_values[first:after], strict=True))
     values = old_values[:first]
-    offset = _total_length(entries[:head])
+    offset = BODY_HEAD_BYTES + _total_length(entries[:head])
     for length, digest in ENTRY.iter_unpack(middle):
         value = seen.get(digest)
         if value is None:
@@ -189,35 +204,33 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
         offset += length
     if offset + _total_length(entries[size - tail :]) != len(body):
         raise DamagedSnapshotError("index and payload do not fit each other")
-    _settle(len(values) - first)
+    settle(len(values) - first)
     return values + old_values[after:]
 
 
 def _first_values(entries: bytes, body: memoryview) -> list[Any]:
     """The objects of all items where none is known: unpacked in one go, which is quicker than one by one.
 
-    Empty if that cannot be done.
+    Empty if that cannot be done. Raises `DamagedSnapshotError` if the body is not what was written.
     """
-    if check_items(entries, body) > _WALKED_FIRST:
-        return []
-    unpacker = msgpack.Unpacker(
-        max_buffer_size=len(body),
-        max_array_len=_WALKED_FIRST,
-        max_map_len=_WALKED_FIRST,
-        **_PLAIN_JSON_ONLY,
-    )
-    unpacker.feed(body)
-    values: list[Any] = []
-    end = 0
+    _check_body(entries, body)
+    count = len(entries) // ENTRY.size
+    most = max(count, _WALKED_FIRST)
+    items = body[_CHECKSUM.size :]
     try:
-        for length, _ in ENTRY.iter_unpack(entries):
-            values.append(unpacker.unpack())
-            end += length
-            if unpacker.tell() != end:
-                return []  # Else the values would not be those of the entries.
+        values = msgpack.unpackb(items, max_array_len=most, max_map_len=most, **_PLAIN_JSON_ONLY)
     except (ValueError, RecursionError, msgpack.UnpackException):
         return []
-    return values if set(map(type, values)) <= _CONTAINERS else []
+    return values if len(values) == count and set(map(type, values)) <= _CONTAINERS else []
+
+
+def _check_body(entries: bytes | memoryview, body: memoryview) -> None:
+    if BODY_HEAD_BYTES + _total_length(bytes(entries)) != len(body):
+        raise DamagedSnapshotError("index and payload do not fit each other")
+    array_head = _ARRAY.pack(_ARRAY_MARK, len(entries) // ENTRY.size)
+    head = _CHECKSUM.pack(zlib.crc32(body[_CHECKSUM.size :])) + array_head
+    if body[:BODY_HEAD_BYTES] != head:
+        raise DamagedSnapshotError("the items do not match their checksum")
 
 
 def _common_ends(old: bytes, new: bytes) -> tuple[int, int]:
@@ -257,31 +270,14 @@ def _total_length(entries: bytes) -> int:
     return sum(words[:: ENTRY.size // words.itemsize])
 
 
-def _settle(fresh: int) -> None:
-    """After decoding many items: have the cyclic collector take what is young for old, without looking.
-
-    What was decoded is here to stay, and free of cycles; once resumed, the collector would walk it all
-    and find nothing, which takes as long as decoding it. What else is young waits for a full collection:
-    so this is not done for a few items.
-    """
-    # What somebody has frozen, before a fork, must stay so.
-    if fresh >= _MANY and gc.get_freeze_count() < _FROZEN_BY_PYTHON:
-        gc.freeze()
-        gc.unfreeze()
-
-
-def check_items(entries: bytes | memoryview, body: memoryview) -> int:
-    """Raise `DamagedSnapshotError` unless all items have the digests of their entries; the longest's length."""
-    offset = longest = 0
-    sha256 = hashlib.sha256  # `digest_of`, without a call for each of thousands.
+def check_items(entries: bytes | memoryview, body: memoryview) -> None:
+    """Raise `DamagedSnapshotError` unless all that a reader could look at is what was written."""
+    _check_body(entries, body)
+    offset = BODY_HEAD_BYTES
     for length, digest in ENTRY.iter_unpack(entries):
-        if sha256(body[offset : offset + length]).digest()[:DIGEST_BYTES] != digest:
+        if digest_of(body[offset : offset + length]) != digest:
             raise DamagedSnapshotError("an item's bytes do not match its digest")
         offset += length
-        longest = max(longest, length)
-    if offset != len(body):
-        raise DamagedSnapshotError("index and payload do not fit each other")
-    return longest
 
 
 def _checked_shape(data: object) -> Definitions:
@@ -385,43 +381,3 @@ def _unpack(item: memoryview, length: int, digest: bytes) -> Any:
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise DamagedSnapshotError(f"an item cannot be decoded: {error}") from None
     return value
-
-
-_pause_lock = threading.Lock()
-_pauses = 0
-_collector_was_on = False
-
-
-def _end_inherited_pauses() -> None:
-    """In a forked child: the threads that had paused the collector are not here to resume it."""
-    global _pause_lock, _pauses
-    _pause_lock = threading.Lock()
-    if _pauses and _collector_was_on:
-        gc.enable()
-    _pauses = 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_end_inherited_pauses)
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Run the block without the cyclic collector, and restore it as it was found.
-
-    Decoding makes a great many objects and no garbage; the collector would walk them all, again
-    and again (at 5,000 flags more than two thirds of the time). Nested and concurrent blocks count.
-    """
-    global _pauses, _collector_was_on
-    with _pause_lock:
-        if _pauses == 0:
-            _collector_was_on = gc.isenabled()
-            gc.disable()
-        _pauses += 1
-    try:
-        yield
-    finally:
-        with _pause_lock:
-            _pauses -= 1
-            if _pauses == 0 and _collector_was_on:
-                gc.enable()

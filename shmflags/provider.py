@@ -193,10 +193,10 @@ class SharedMemoryFlagCache:
     def attach(self, client: Any, *, watch: bool = True, interval: float = 0.05) -> None:
         """Tell the cache which `posthog.Posthog` client it serves; one client per cache.
 
-        Then an unchanged poll is free, the client never asks with a stale ETag, and (unless `watch` is False) a
-        thread has the client poll as soon as something was published, looking every `interval`
-        seconds. The client is held weakly. Raises `TypeError` or `ValueError` for what is no client
-        of this cache, or a second one.
+        Then an unchanged poll is free, the client never asks with a stale ETag, and (unless `watch` is
+        False) a thread has the client poll as soon as something was published, looking every
+        `interval` seconds. The client is held weakly. Raises `TypeError` or `ValueError` for what is no
+        client of this cache, or a second one.
         """
         attachment = Attachment(client, self)
         present = self._holding.attachment
@@ -227,15 +227,16 @@ class SharedMemoryFlagCache:
     def watch(self, callback: Callable[[], object], interval: float = 0.05) -> Watcher:
         """Call `callback()` whenever this process is behind what is published, or nobody leads.
 
-        From the process's first poll on, a daemon thread looks every `interval` seconds; it survives
-        fork, and `shutdown` or its own `stop()` ends it. An exception in `callback` is logged. Raises
-        `TypeError` or `ValueError`.
+        From a second after the process's first poll, a daemon thread looks every `interval` seconds; it
+        survives fork, and `shutdown` or its own `stop()` ends it. An exception in `callback` is logged.
+        Raises `TypeError` or `ValueError`.
         """
         if not callable(callback):
             raise TypeError(f"callback must be callable, not {callback!r}")
         interval_s = settings.seconds("interval", interval, above=0.0)
         watcher = self._watchers.add(callback, interval_s)
         if self._member is not None and self._member.known_page is not None:
+            watcher.hasten()
             self._watchers.start()
         return watcher
 
@@ -295,6 +296,8 @@ class SharedMemoryFlagCache:
         """Log what happened and note the fence; True if a fetch was granted."""
         for event in outcome.events:
             member.tell(event, page)
+        if member.election.puts_off:
+            self._watchers.hasten()
         if outcome.mend_etag:
             self._holding.mend_etag(page)
         fence = outcome.fence

@@ -244,7 +244,7 @@ def private_client(client: Any, timeout_s: float) -> Any:
 def pack(encoded: codec.Encoded) -> bytes:
     """The value of the key that holds the definitions."""
     header = _HEADER.pack(_MAGIC, encoded.flag_count, encoded.cohort_count, encoded.digest)
-    return b"".join([header, encoded.entries, *encoded.items])
+    return b"".join([header, encoded.entries, encoded.body])
 
 
 def unpack(blob: bytes, known: codec.Decoded | None) -> codec.Decoded:

@@ -19,7 +19,7 @@ check it, and decode from the map. Layout, little-endian:
                   it is not known, longer, or anything else
     176     16    digest of the 176 bytes before
     192     20*n  index: n = 1 + flags + cohorts entries (codec.py)
-    …             the items' bytes, one after the other (codec.py)
+    …             body: a checksum, and the items' bytes (codec.py)
 
 So the header vouches for the index, the index for each item, and a reader that holds an item
 already need not look at its bytes again. A generation is meaningful only together with its
@@ -235,8 +235,9 @@ class Draft:
         self._descriptor = os.open(self._path, flags, 0o600)
         try:
             os.fchmod(self._descriptor, 0o600)  # Whatever the umask says.
-            bulk = b"".join([bytes(HEADER_BYTES), encoded.entries, *encoded.items])
-            _write_all(self._descriptor, bulk, 0)
+            beginning = bytes(HEADER_BYTES) + encoded.entries
+            _write_all(self._descriptor, beginning, 0)
+            _write_all(self._descriptor, encoded.body, len(beginning))
         except BaseException:
             self.discard()
             raise

@@ -13,6 +13,9 @@ from collections.abc import Callable, Hashable
 from shmflags import servers
 
 _AGAIN_S = 1.0
+# A process is never as busy as when it starts: a look would wait for the GIL again and again, and what is
+# loaded then is new.
+_START_S = 1.0
 # In a forked child the client's own at-fork hook, which makes its locks anew, may run after ours.
 _SETTLE_S = 0.2
 
@@ -21,8 +24,8 @@ class Watcher:
     """A daemon thread that calls `callback()` whenever `notice()` has something new.
 
     `notice` returns None, or what is to be seen: the same thing is reported at once the first
-    time, and then once a second while it lasts. The thread begins with `start`, and survives a fork
-    through `restart`.
+    time, and then once a second while it lasts. The thread begins with `start`, looks for the first
+    time a second later, or as soon as it is told to `hasten`, and survives a fork through `restart`.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Watcher:
         self._interval_s = interval_s
         self._on_error = on_error
         self._stop = threading.Event()
+        self._begin = threading.Event()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
@@ -45,27 +49,31 @@ class Watcher:
         if self._thread is None:
             with self._starting:
                 if self._thread is None and not self._stop.is_set():
-                    self._start(settle_s=0.0)
+                    self._start(_START_S)
 
     def restart(self) -> None:
         """In a forked child, where the parent's thread did not come along: start one, if it had one."""
         parents, self._thread = self._thread, None
         self._starting = threading.Lock()
         if not self._stop.is_set():
-            self._stop = threading.Event()
+            self._stop, self._begin = threading.Event(), threading.Event()
             if parents is not None:
-                self._start(settle_s=_SETTLE_S)
+                self._start(_SETTLE_S)
 
     def _start(self, settle_s: float) -> None:
-        thread = threading.Thread(
-            target=self._run, args=(self._stop, settle_s), name="shmflags-watcher", daemon=True
-        )
+        told = self._stop, self._begin, settle_s
+        thread = threading.Thread(target=self._run, args=told, name="shmflags-watcher", daemon=True)
         thread.start()
         self._thread = thread
+
+    def hasten(self) -> None:
+        """There is something to see: do not wait with the first look."""
+        self._begin.set()
 
     def stop(self) -> None:
         """End the thread; at most a running callback is waited for, and not from within it."""
         self._stop.set()
+        self._begin.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=1.0)
@@ -74,11 +82,10 @@ class Watcher:
     def is_alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def _run(self, stop: threading.Event, settle_s: float) -> None:
+    def _run(self, stop: threading.Event, begin: threading.Event, settle_s: float) -> None:
         seen: Hashable | None = None
         quiet_s = 0.0
-        if settle_s:
-            stop.wait(settle_s)
+        begin.wait(settle_s)
         while not stop.wait(self._interval_s):
             quiet_s += self._interval_s
             try:
@@ -122,6 +129,10 @@ class Watchers:
         """Start those that have no thread, unless that would hurt the next fork."""
         if self._all and not servers.forks_without_hooks():
             self._each(Watcher.start)
+
+    def hasten(self) -> None:
+        """Have those that have only been started look at once."""
+        self._each(Watcher.hasten)
 
     def restart(self) -> None:
         """In a forked child: start those again that had a thread in the parent."""

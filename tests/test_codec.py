@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
 import json
-import os
-import threading
-from collections.abc import Iterator
+import zlib
 from typing import Any
 
 import msgpack
@@ -18,7 +15,6 @@ from hypothesis import strategies as st
 
 from shmflags import codec
 from shmflags.errors import DamagedSnapshotError, InvalidDefinitionsError
-from tests.support import WAIT_S
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=8)
 any_integer = st.one_of(st.integers(-(2**64), 2**65), st.integers(-(2**200), 2**200))
@@ -61,7 +57,7 @@ def through(data: Any, known: codec.Decoded | None = None) -> codec.Decoded:
     encoded, _ = codec.encode(data)
     return codec.decode(
         memoryview(encoded.entries),
-        memoryview(b"".join(encoded.items)),
+        memoryview(encoded.body),
         encoded.flag_count,
         encoded.cohort_count,
         encoded.digest,
@@ -174,7 +170,7 @@ def test_what_encode_would_not_have_written_is_damage(item: bytes) -> None:
     index = b"".join(codec.ENTRY.pack(len(part), codec.digest_of(part)) for part in items)
     with pytest.raises(DamagedSnapshotError):
         codec.decode(
-            memoryview(index), memoryview(b"".join(items)), 1, 0, codec.content_digest(index, 1, 0)
+            memoryview(index), memoryview(body_of(items)), 1, 0, codec.content_digest(index, 1, 0)
         )
 
 
@@ -248,7 +244,10 @@ def test_the_payload_is_laid_out_as_its_docstring_says() -> None:
         len(item).to_bytes(4, "little") + hashlib.sha256(item).digest()[:16] for item in encoded.items
     )
     assert (encoded.flag_count, encoded.cohort_count) == (2, 1)
-    assert encoded.size == len(encoded.entries) + sum(map(len, encoded.items))
+    assert encoded.body[4:9] == b"\xdd" + (4).to_bytes(4, "big")
+    assert encoded.body[9:] == b"".join(encoded.items)
+    assert int.from_bytes(encoded.body[:4], "little") == zlib.crc32(encoded.body[4:])
+    assert encoded.size == len(encoded.entries) + len(encoded.body)
 
 
 def test_what_is_known_is_not_examined_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,9 +305,23 @@ def test_only_what_lies_between_common_ends_is_walked(monkeypatch: pytest.Monkey
         ("ab", 0, [], 0),
         ("ab", 1, [], 0),
         ("a", 0, [2**70], 3),
-        ("a", 0, ["x" * 20_000], 3),
+        ("a", 0, ["x" * 20_000], 0),
+        ("a", 0, [[0] * 16_384], 0),
+        ("a", 0, [[0] * 16_385], 3),
+        ("a", 0, [dict.fromkeys(map(str, range(16_385)))], 3),
+        ("a" * 16_385, 0, [[0] * 16_385], 0),
     ],
-    ids=["no flags", "no cohorts", "both", "large integer", "long"],
+    ids=[
+        "no flags",
+        "no cohorts",
+        "both",
+        "large integer",
+        "long",
+        "wide",
+        "too wide",
+        "too many keys",
+        "no wider than all",
+    ],
 )
 def test_a_first_read_is_done_in_one_go(
     monkeypatch: pytest.MonkeyPatch, text: str, more: int, special: list[Any], one_by_one: int
@@ -361,6 +374,11 @@ def test_nothing_is_empty_and_equals_no_content() -> None:
     assert through(empty).digest == codec.encode(empty)[0].digest != b""
 
 
+def body_of(items: list[bytes]) -> bytes:
+    """A body of these items, with the right checksum."""
+    return codec.Encoded(0, 0, b"", items, b"", 0).body
+
+
 def decoded(
     items: list[bytes],
     flags: int,
@@ -373,7 +391,7 @@ def decoded(
     index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
     return codec.decode(
         memoryview(index),
-        memoryview(b"".join(items) if body is None else body),
+        memoryview(body_of(items) if body is None else body),
         flags,
         cohorts,
         codec.content_digest(index, flags, cohorts),
@@ -402,7 +420,7 @@ def test_a_payload_that_does_not_fit_the_index_is_damage(
     known: codec.Decoded | None, change: bytes | int | None
 ) -> None:
     """More bytes than the index has entries for, fewer, or none are refused."""
-    good = b"".join(ITEMS)
+    good = body_of(ITEMS)
     body = good + change if isinstance(change, bytes) else good[: change or 0]
     with pytest.raises(
         DamagedSnapshotError, match=r"^(index and payload do not|an item's bytes do not)"
@@ -417,11 +435,16 @@ def test_other_bytes_of_an_item_are_damage_unless_it_is_known(text: str | None, 
     known = None if text is None else through(letters(text, 1))
     items = list(ITEMS)
     items[place] = items[place][:-1] + bytes([items[place][-1] ^ 1])
-    body = b"".join(items)
+    body = body_of(ITEMS)[: codec.BODY_HEAD_BYTES] + b"".join(items)
     if known is not None and codec.digest_of(ITEMS[place]) in known.entries:
         assert same(decoded(ITEMS, 2, 1, known=known, body=body).definitions, letters("ab", 1))
         return
-    with pytest.raises(DamagedSnapshotError, match=r"^an item's bytes do not match its digest$"):
+    wrong = (
+        "the items do not match their checksum"
+        if known is None
+        else ("an item's bytes do not match its digest")
+    )
+    with pytest.raises(DamagedSnapshotError, match=f"^{wrong}$"):
         decoded(ITEMS, 2, 1, known=known, body=body)
 
 
@@ -463,13 +486,29 @@ def test_an_item_of_a_wrong_shape_is_damage(
     ],
     ids=["two and none", "two, and one in two", "split", "none and two", "half a third"],
 )
-@pytest.mark.parametrize(
-    "known", [None, codec.nothing(), through(letters("c"))], ids=["", "nothing", "c"]
-)
-def test_an_item_is_one_value(items: list[bytes], flags: int, known: codec.Decoded | None) -> None:
-    """Bytes that make as many values as there are entries, but not one each, are damage."""
+def test_an_item_is_one_value(items: list[bytes], flags: int) -> None:
+    """Bytes that make as many values as there are entries, but not one each, are damage where some are known."""
     with pytest.raises(DamagedSnapshotError, match=r"^an item cannot be decoded"):
-        decoded([ITEMS[0], *items], flags, 0, known=known)
+        decoded([ITEMS[0], *items], flags, 0, known=through(letters("c")))
+
+
+@pytest.mark.parametrize(
+    "items", [[b"\x80\x80"], [b"\x80", b"\x80\x80"], [b"\x81\xa1a"], [b""]], ids=repr
+)
+@pytest.mark.parametrize("known", [None, codec.nothing()], ids=["", "nothing"])
+def test_a_body_has_as_many_values_as_items(items: list[bytes], known: codec.Decoded | None) -> None:
+    """A first read, too, refuses a body that holds more values than items, or fewer."""
+    with pytest.raises(DamagedSnapshotError, match=r"^an item cannot be decoded"):
+        decoded([ITEMS[0], *items], len(items), 0, known=known)
+
+
+def test_a_body_is_one_array() -> None:
+    """Anything but the head of an array of so many items is damage, even under a right checksum."""
+    items = b"".join(ITEMS)
+    for head in (b"\xdd\0\0\0\5", b"\xdd\0\0\0\3", b"\xdf\0\0\0\2", b"\xc6\0\0\0\4", bytes(5)):
+        body = zlib.crc32(head + items).to_bytes(4, "little") + head + items
+        with pytest.raises(DamagedSnapshotError, match=r"^the items do not match their checksum$"):
+            decoded(ITEMS, 2, 1, body=body)
 
 
 @pytest.mark.parametrize("known", [None, through(letters("c"))], ids=["", "c"])
@@ -481,21 +520,26 @@ def test_an_item_that_claims_more_than_it_holds_is_damage(known: codec.Decoded |
             decoded([ITEMS[0], bomb], 1, 0, known=known)
 
 
-def test_checking_items_tells_the_longest() -> None:
-    """Each item is compared with its digest, all bytes are accounted for, and the longest is measured."""
+def test_checking_items_looks_at_all_of_them() -> None:
+    """All bytes are accounted for, and compared with the checksum and with the items' digests."""
     for sizes in ([], [0], [3], [3, 7, 5], [7, 7], [300_000, 1]):
         items = [bytes([number]) * size for number, size in enumerate(sizes)]
         index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
-        body = b"".join(items)
-        assert codec.check_items(index, memoryview(body)) == max(sizes, default=0)
+        body = body_of(items)
+        codec.check_items(index, memoryview(body))
         with pytest.raises(DamagedSnapshotError, match=r"^index and payload do not fit each other$"):
             codec.check_items(index, memoryview(body + b"x"))
         for place in range(0, len(body), 1000):
-            bad = body[:place] + b"\xff" + body[place + 1 :]
-            with pytest.raises(
-                DamagedSnapshotError, match=r"^an item's bytes do not match its digest$"
-            ):
-                codec.check_items(index, memoryview(bad))
+            bad = bytearray(body)
+            bad[place] ^= 0xFF
+            with pytest.raises(DamagedSnapshotError, match=r"^the items do not match their checksum$"):
+                codec.check_items(index, memoryview(bytes(bad)))
+            if place >= codec.BODY_HEAD_BYTES:
+                bad[:4] = zlib.crc32(bad[4:]).to_bytes(4, "little")
+                with pytest.raises(
+                    DamagedSnapshotError, match=r"^an item's bytes do not match its digest$"
+                ):
+                    codec.check_items(index, memoryview(bytes(bad)))
 
 
 FLAG = {"key": "a"}
@@ -546,122 +590,3 @@ def test_the_content_digest_tells_contents_apart() -> None:
     }
     assert len(digests) == 6
     assert codec.encode(json.loads(json.dumps(base)))[0].digest in digests
-
-
-@pytest.mark.parametrize("was_on", [True, False])
-def test_the_collector_is_left_as_it_was_found(was_on: bool) -> None:
-    """Nested and concurrent pauses restore the collector once, when the last of them ends."""
-    on_before = gc.isenabled()
-    try:
-        (gc.enable if was_on else gc.disable)()
-        inside, leave = threading.Event(), threading.Event()
-
-        def pause() -> None:
-            with codec.collector_paused():
-                inside.set()
-                leave.wait(30)
-
-        thread = threading.Thread(target=pause)
-        with codec.collector_paused():
-            thread.start()
-            assert inside.wait(30)
-            with codec.collector_paused():
-                assert not gc.isenabled()
-            assert not gc.isenabled()
-        assert not gc.isenabled()
-        leave.set()
-        thread.join(30)
-        assert gc.isenabled() == was_on
-    finally:
-        (gc.enable if on_before else gc.disable)()
-
-
-def test_no_child_inherits_a_pause() -> None:
-    """A child forked while another thread decodes has the collector on, and can pause and resume it."""
-    assert gc.isenabled()
-    inside, leave = threading.Event(), threading.Event()
-
-    def pause() -> None:
-        with codec.collector_paused():
-            inside.set()
-            leave.wait(WAIT_S)
-
-    thread = threading.Thread(target=pause)
-    thread.start()
-    assert inside.wait(WAIT_S)
-    pid = os.fork()
-    if not pid:
-        seen = [False]
-        try:
-            seen = [gc.isenabled()]
-            with codec.collector_paused():
-                seen.append(not gc.isenabled())
-            seen.append(gc.isenabled())
-        finally:
-            os._exit(0 if all(seen) else 1)
-    try:
-        _, status = os.waitpid(pid, 0)
-    finally:
-        leave.set()
-        thread.join(WAIT_S)
-    assert status == 0
-    assert gc.isenabled()
-
-
-@pytest.mark.parametrize(
-    ("was_on", "pauses", "is_on"), [(True, 2, True), (True, 0, False), (False, 2, False)]
-)
-def test_the_end_of_inherited_pauses(
-    monkeypatch: pytest.MonkeyPatch, was_on: bool, pauses: int, is_on: bool
-) -> None:
-    """What the threads of the parent had paused is resumed, and nothing else; the lock is a free one."""
-    held = threading.Lock()
-    held.acquire()
-    monkeypatch.setattr(codec, "_pause_lock", held)
-    monkeypatch.setattr(codec, "_pauses", pauses)
-    monkeypatch.setattr(codec, "_collector_was_on", was_on)
-    gc.disable()
-    try:
-        codec._end_inherited_pauses()
-        assert gc.isenabled() == is_on
-        with codec.collector_paused():
-            assert not gc.isenabled()
-        assert gc.isenabled() == is_on
-    finally:
-        gc.enable()
-
-
-@pytest.fixture
-def still_collector() -> Iterator[None]:
-    """A collector that takes nothing for old by itself, and nothing frozen."""
-    gc.disable()
-    gc.unfreeze()
-    yield
-    gc.unfreeze()
-    gc.enable()
-
-
-def is_old(value: object) -> bool:
-    """Whether the collector walks `value` in full collections only; what is frozen it never walks."""
-    return any(one is value for one in gc.get_objects(generation=2))
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_what_was_decoded_is_not_walked_by_the_collector(still_collector: None, frozen: bool) -> None:
-    """Many new objects are taken for old at once; where somebody has frozen his own, those stay frozen."""
-
-    def many(count: int) -> dict[str, Any]:
-        return {**letters(""), "flags": [{"key": number, "n": [number]} for number in range(count)]}
-
-    theirs = [letters("a")]
-    if frozen:
-        gc.freeze()
-    none = through(many(0))
-    found = [through(many(200)), through(many(100), none), through(many(99), none)]
-    old = [is_old(one.definitions["flags"][0]) for one in found]
-    if frozen:
-        assert not is_old(theirs)
-        assert old == [False, False, False]
-    else:
-        assert is_old(theirs)
-        assert old == [True, True, False]

@@ -114,7 +114,7 @@ def test_a_chain_of_changes_decodes_to_what_was_published(
 def _decode(encoded: codec.Encoded, known: codec.Decoded | None = None) -> codec.Decoded:
     return codec.decode(
         memoryview(encoded.entries),
-        memoryview(b"".join(encoded.items)),
+        memoryview(encoded.body),
         encoded.flag_count,
         encoded.cohort_count,
         encoded.digest,

@@ -275,9 +275,9 @@ def forge(home: RuntimeDir, *, cut: int | None = None, tail: bytes = b"", **chan
         ({"size": HEADER_BYTES + 79, "cut": HEADER_BYTES + 79}, "its index is cut off"),
         (
             {"size": HEADER_BYTES + 80, "cut": HEADER_BYTES + 80},
-            "an item's bytes do not match its digest",
+            "index and payload do not fit each other",
         ),
-        ({"tail": b"X"}, "an item's bytes do not match its digest"),
+        ({"tail": b"X"}, "the items do not match their checksum"),
     ],
     ids=itertools.count(),
 )
@@ -320,7 +320,8 @@ def test_items_of_a_wrong_shape_are_damage_with_a_place(home: RuntimeDir) -> Non
     items = [codec.encode(DATA)[0].items[0], b"\x80", b"\x91\x80"]
     index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
     digest = codec.content_digest(index, 1, 1)
-    encoded = codec.Encoded(1, 1, index, items, digest, len(index) + sum(map(len, items)))
+    size = len(index) + codec.BODY_HEAD_BYTES + sum(map(len, items))
+    encoded = codec.Encoded(1, 1, index, items, digest, size)
     draft = Draft(home, encoded, "1-2-3-4")
     draft.put_in_place(Position(5, 7), 9, boot_id=1, wall_ns=11)
     draft.discard()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shmflags import SharedMemoryFlagCache, Watcher, local_publish, publication, settings
+from shmflags import SharedMemoryFlagCache, Watcher, local_publish, publication, settings, watcher
 from shmflags.demo.server import DefinitionsServer, definitions, flag
 from tests.servers.answers import switched, values
 from tests.servers.running import RECIPES, Site
@@ -92,6 +92,44 @@ def follower(directory: Path, leader: SharedMemoryFlagCache) -> Iterator[Watched
     watched.load()
     yield watched
     watched.cache.shutdown()
+
+
+# -- the first look
+
+
+def test_a_process_that_starts_is_left_in_peace(
+    monkeypatch: pytest.MonkeyPatch, leader: SharedMemoryFlagCache, directory: Path
+) -> None:
+    """The first look is not taken before its time, unless the watcher is told to hasten."""
+    monkeypatch.setattr(watcher, "_START_S", NEVER_S)
+    waiting = Watched(cache_at(directory))
+    waiting.poll()
+    monkeypatch.setattr(watcher, "_START_S", 0.0)
+    looking = Watched(cache_at(directory))
+    looking.poll()
+    looking.look_around()
+    assert waiting.looks == 0
+    late = Watched(waiting.cache)
+    late.look_around()
+    assert waiting.looks == 0, "what is added to a process that runs has nothing to wait for"
+    waiting.watcher.hasten()
+    waiting.look_around()
+    for watched in (waiting, looking):
+        watched.cache.shutdown()
+        assert not watched.watcher.is_alive
+
+
+def test_a_watcher_that_has_not_looked_yet_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, leader: SharedMemoryFlagCache, directory: Path
+) -> None:
+    """Shutting down does not wait for the first look."""
+    monkeypatch.setattr(watcher, "_START_S", NEVER_S)
+    waiting = Watched(cache_at(directory))
+    waiting.poll()
+    assert waiting.watcher.is_alive
+    waiting.cache.shutdown()
+    assert not waiting.watcher.is_alive
+    assert waiting.looks == 0
 
 
 # -- with real clients in real processes

@@ -39,7 +39,7 @@ def forge(directory: RuntimeDir, items: Sequence[bytes], flags: int, cohorts: in
     """Put a snapshot in place that is right in all its digests, whatever its items hold."""
     index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
     digest = codec.content_digest(index, flags, cohorts)
-    size = len(index) + sum(map(len, items))
+    size = len(index) + codec.BODY_HEAD_BYTES + sum(map(len, items))
     draft = Draft(directory, codec.Encoded(flags, cohorts, index, list(items), digest, size), "forged")
     try:
         return draft.put_in_place(Position(1, 1), 1, 1, 1)
