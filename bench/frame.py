@@ -36,7 +36,7 @@ class Options:
 
     def runs(self, count: int) -> int:
         """`count`, or a few of them if it has to be quick."""
-        return min(count, 5) if self.quick else count
+        return min(count, 2) if self.quick else count
 
     def sizes(self, *flags: int) -> tuple[int, ...]:
         """The numbers of flags to try; only the small ones if it has to be quick."""

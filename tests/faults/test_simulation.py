@@ -72,9 +72,9 @@ def test_a_fault_at_every_step_of_a_poll(
 ) -> None:
     """Each fault at each step of the first fetch, and of a change: another worker copes with what is left.
 
-    It is each third step, unless as many schedules are run as in continuous integration.
+    It is each fifth step, unless as many schedules are run as in continuous integration.
     """
-    stride = 1 if request.config.getoption("--simulations") >= IN_CI else 3
+    stride = 1 if request.config.getoption("--simulations") >= IN_CI else 5
     step = 1
     while True:
         schedule = strike(fault, step, later=later, attached=attached)
