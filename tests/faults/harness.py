@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import logging
@@ -141,6 +142,7 @@ class Poller:
         return page is not None and page.lease().token == member.token
 
 
+@functools.cache
 def runtime_dir(base: Path) -> RuntimeDir:
     return locate(base, KEY, os.geteuid())
 
