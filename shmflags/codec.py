@@ -214,14 +214,13 @@ def _first_values(entries: bytes, body: memoryview) -> list[Any]:
     Empty if that cannot be done. Raises `DamagedSnapshotError` if the body is not what was written.
     """
     _check_body(entries, body)
-    count = len(entries) // ENTRY.size
-    most = max(count, _WALKED_FIRST)
+    most = {"max_array_len": _WALKED_FIRST, "max_map_len": _WALKED_FIRST}
     items = body[_CHECKSUM.size :]
     try:
-        values = msgpack.unpackb(items, max_array_len=most, max_map_len=most, **_PLAIN_JSON_ONLY)
+        values = msgpack.unpackb(items, **most, **_PLAIN_JSON_ONLY)
     except (ValueError, RecursionError, msgpack.UnpackException):
         return []
-    return values if len(values) == count and set(map(type, values)) <= _CONTAINERS else []
+    return values if set(map(type, values)) <= _CONTAINERS else []
 
 
 def _check_body(entries: bytes | memoryview, body: memoryview) -> None:

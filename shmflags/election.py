@@ -25,8 +25,8 @@ records and a clock; `Election` applies them to the page, under its lock.
 9.  Who makes way, or would lead with an ETag that cannot be trusted, abstains for one interval.
 10. A leader whose client is only starting takes what is served first, and fetches when it has that: it
     need not wait for the API, and asks with the snapshot's ETag. But only where somebody looks
-    between polls, and until the host's last grant is one and a half intervals old: else workers that
-    live for a moment might put it off for ever.
+    between polls, until the host's last grant is one and a half intervals old, and not if the last
+    such fetch never came to its end: else workers that live for a moment might put it off for ever.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def may_publish(noted: Fence, current: Fence, *, serving: bool) -> bool:
 
 
 def may_wait(grant: Grant, now_ns: int, interval_ns: int) -> bool:
-    """Whether a fetch that is due may be put off for a moment (rule 10)."""
-    return 0 <= now_ns - grant.at_ns < interval_ns * 3 // 2
+    """Whether a fetch that is due may be put off for a moment (rule 10), while something is served."""
+    return not grant.attempts and 0 <= now_ns - grant.at_ns < interval_ns * 3 // 2
 
 
 class ClientState(NamedTuple):
@@ -147,6 +147,7 @@ class Election:
         self.max_term_ns = max_term_ns
         self.puts_off = False
         """Whether we lead, and have put off a fetch that is due (rule 10)."""
+        self._makes_up = False
         self._leads = False
         self._outstanding: _Outstanding | None = None
         self._abstain_until_ns = 0
@@ -221,6 +222,16 @@ class Election:
     def note_doubt(self) -> None:
         """The fetch just granted must bring a publish: its ETag turned out to be doubtful."""
         self._outstanding = _Outstanding(threading.get_ident(), self.host.now_ns())
+
+    def note_answered(self, page: ControlPage) -> None:
+        """A fetch that was put off has come to its end, whatever it brought. Raises as `poll` does."""
+        if not self._makes_up:
+            return
+        self._makes_up = False
+        with page.locked():
+            grant = page.grant()
+            if grant.token == self.token:
+                page.write_grant(grant._replace(attempts=0))
 
     def resign(self, page: ControlPage) -> bool:
         """Free the lease if it is ours. Raises as `poll` does."""
@@ -338,7 +349,7 @@ class Election:
             is_dead=self.host.is_provably_dead,
         )
         waits = serving and client.is_starting and may_wait(grant, now_ns, self.interval_ns)
-        self.puts_off = due and waits
+        was_put_off, self.puts_off = self.puts_off, due and waits
         if due and not waits:
             trusted = _trusts(page, client)
             mend_etag = client.attached and (client.received is None or not trusted)
@@ -349,11 +360,12 @@ class Election:
                     at_ns=now_ns,
                     token=self.token,
                     holder=self.identity,
-                    attempts=0 if serving else grant.attempts + 1,
+                    attempts=int(was_put_off) if serving else grant.attempts + 1,
                     at_wall_ns=self.host.wall_ns(),
                 )
             )
             page.count("granted")
+            self._makes_up = was_put_off
             fence = page.fence()
         events, self._events = tuple(self._events), []
         return Outcome(self._leads, fence, mend_etag, events)

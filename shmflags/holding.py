@@ -49,9 +49,29 @@ class Holding:
         # of which `received` does not tell yet.
         self.is_asking = False
 
+    def attach(self, attachment: Attachment, client: object) -> bool:
+        """Take `client` for ours; False if it is already. Raises `ValueError` if another one is, and lives."""
+        present = self.attachment
+        if present is None or not present.is_live:
+            self.attachment = attachment
+            return True
+        if not present.is_client(client):
+            raise ValueError("this cache already serves another live client; make one cache per client")
+        return False
+
+    def reload(self) -> None:
+        """Have the attached client poll, if it has loaded before."""
+        if self.attachment is not None:
+            self.attachment.reload()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether there is an attached client."""
+        return self.attachment is not None and self.attachment.is_live
+
     def client_state(self, *, watched: bool) -> ClientState:
         """The client as the election is to see it; `watched` if a watcher looks between its polls."""
-        attached = self.attachment is not None and self.attachment.is_live
+        attached = self.is_attached
         received = self.received
         if attached and received is not None and not self._is_evaluated():
             # Two threads of the client loaded at once, and the older load was installed last; being

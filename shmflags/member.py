@@ -154,14 +154,19 @@ class Member:
                 held,
             )
 
-    def sees_to_do(self, held: Callable[[], Position]) -> Hashable | None:
-        """For a watcher: that we are behind, or that nobody leads; None if all is well.
+    def sees_to_do(
+        self, held: Callable[[], Position], is_loaded: Callable[[], bool]
+    ) -> Hashable | None:
+        """For a watcher: that we are behind, nobody leads, or we put off a fetch; None if all is well.
 
-        `held` tells what we have loaded. Touches no file, and takes no lock of the page.
+        `held` tells what we have loaded, `is_loaded` whether our client has. Touches no file, and takes
+        no lock of the page.
         """
         page = self._page
         if page is None or self.closed:
             return None
+        if self.election.puts_off:
+            return "a fetch was put off" if is_loaded() else None
         # While another thread of ours publishes, the page is ahead of what is noted here.
         if self.pending is not None or not self.lock.acquire(blocking=False):
             return None
@@ -186,6 +191,11 @@ class Member:
             self._vacancy = self.election.may_lead(attached)
             self._looked_at, self._looked_until_ns = lease.token, now_ns + _LOOK_NS
         return self._vacancy
+
+    def note_reloaded(self) -> None:
+        """Our client has polled, as a watcher had it do: a fetch that was put off is over."""
+        if self._page is not None:
+            self.election.note_answered(self._page)
 
     def note_loaded(self, attached: ControlPage, position: Position) -> None:
         attached.workers.note_loaded(self._slot, self.token, position)

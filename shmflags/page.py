@@ -24,7 +24,8 @@ written under the page's lock. Readers without the lock take single words as hin
     23-24   when the leader was elected, or the lease vacated: CLOCK_MONOTONIC ns, wall ns
     28      last grant, CLOCK_MONOTONIC ns, 0 if never
     29-32   grantee: token, pid, start time in ticks, pid namespace
-    33      grants since the last accepted publish
+    33      grants since the last accepted publish, while there is nothing to serve; else 1 if the last
+            one is of a fetch that was put off and has not come to its end (election.py, rule 10)
     34      wall time of the last grant, ns
     36-37   who holds the page's lock: pid (0: nobody), since when (CLOCK_MONOTONIC ns)
     40-     counters, one word each (COUNTERS)

@@ -89,17 +89,8 @@ class SharedMemoryFlagCache:
         upstream: object | None = None,
         max_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
-        self._settings = settings.check(
-            service_key,
-            directory,
-            poll_interval,
-            cold_start_timeout,
-            lease_ttl,
-            max_term,
-            role,
-            upstream,
-            max_bytes,
-        )
+        times = poll_interval, cold_start_timeout, lease_ttl, max_term
+        self._settings = settings.check(service_key, directory, *times, role, upstream, max_bytes)
         self._host = Host()
         self._journal = Journal(service_key)
         self._member: Member | None = None
@@ -139,6 +130,8 @@ class SharedMemoryFlagCache:
         except PageReplacedError:
             return False  # Attached again at the next poll.
         except Exception as error:
+            if member is not None:
+                member.election.puts_off = False
             self._give_up("no shared cache, so this worker fetches for itself", error)
             return self._settings.electable
 
@@ -199,19 +192,11 @@ class SharedMemoryFlagCache:
         client of this cache, or a second one.
         """
         attachment = Attachment(client, self)
-        present = self._holding.attachment
-        if present is not None and present.is_live:
-            if not present.is_client(client):
-                raise ValueError(
-                    "this cache already serves another live client; make one cache per client"
-                )
+        if not self._holding.attach(attachment, client):
             return
-        self._holding.attachment = attachment
-        difference = attachment.differs_from(self._settings.interval_ns / 1e9)
-        if difference:
+        if difference := attachment.differs_from(self._settings.interval_ns / 1e9):
             self._complain("poll_interval differs", difference)
-        if watch:
-            self._reloader = self.watch(attachment.reload, interval)
+        self._reloader = self.watch(self._reload, interval) if watch else None
 
     def status(self) -> Status:
         """What is going on for this service key on this host, and what is wrong, in words.
@@ -225,7 +210,7 @@ class SharedMemoryFlagCache:
         return status.read(at, self._host, told.max_bytes)
 
     def watch(self, callback: Callable[[], object], interval: float = 0.05) -> Watcher:
-        """Call `callback()` whenever this process is behind what is published, or nobody leads.
+        """Call `callback()` when this process is behind what is published, or has to see who leads and fetches.
 
         From a second after the process's first poll, a daemon thread looks every `interval` seconds; it
         survives fork, and `shutdown` or its own `stop()` ends it. An exception in `callback` is logged.
@@ -288,9 +273,8 @@ class SharedMemoryFlagCache:
         return self._act_on(member, page, outcome)
 
     def _client_state(self) -> ClientState:
-        return self._holding.client_state(
-            watched=self._reloader is not None and self._reloader.is_alive
-        )
+        watched = self._reloader is not None and self._reloader.is_prompt
+        return self._holding.client_state(watched=watched)
 
     def _act_on(self, member: Member, page: ControlPage, outcome: Outcome) -> bool:
         """Log what happened and note the fence; True if a fetch was granted."""
@@ -298,16 +282,20 @@ class SharedMemoryFlagCache:
             member.tell(event, page)
         if member.election.puts_off:
             self._watchers.hasten()
-        if outcome.mend_etag:
-            self._holding.mend_etag(page)
         fence = outcome.fence
-        if fence is not None:
-            self._publisher.clean_up(member, page)
-        if fence and self._upstream and self._upstream.settles(member, page, fence):
+        if fence is None:
+            return False
+        # First: a child that is forked from here on does not know what its client asks with.
+        was_asking, self._holding.is_asking = self._holding.is_asking, True
+        if outcome.mend_etag:
+            with member.lock:
+                self._holding.mend_etag(page)
+        self._publisher.clean_up(member, page)
+        if self._upstream is not None and self._upstream.settles(member, page, fence):
+            self._holding.is_asking = was_asking
             return False
         member.thread.fence = fence
-        self._holding.is_asking |= fence is not None
-        return fence is not None
+        return True
 
     # -- definitions out
 
@@ -375,17 +363,18 @@ class SharedMemoryFlagCache:
     # -- between polls, and trouble
 
     def _notice(self) -> Hashable | None:
-        member = self._me()
-        if member.election.puts_off and self._holding.client_is_loaded():
-            return "a fetch was put off"
-        return member.sees_to_do(lambda: self._holding.position)
+        holding = self._holding
+        return self._me().sees_to_do(lambda: holding.position, holding.client_is_loaded)
+
+    def _reload(self) -> None:
+        """What a watcher does for an attached client: have it poll."""
+        self._holding.reload()
+        self._me().note_reloaded()
 
     def _look_at_server(self) -> None:
-        if not self._told_of_server:
-            objection = servers.objection()
-            if objection:
-                self._told_of_server = True
-                self._complain("the server is not set up for threads", objection)
+        if not self._told_of_server and (objection := servers.objection()):
+            self._told_of_server = True
+            self._complain("the server is not set up for threads", objection)
 
     def _note_busy(self, member: Member, error: LockTimeoutError) -> None:
         member.busy_until_ns = self._host.now_ns() + self._settings.interval_ns // 2

@@ -52,7 +52,8 @@ class Publisher:
             except InvalidDefinitionsError as error:
                 self._complain("what was fetched cannot be shared, and what was served stays", error)
                 return False
-            self._holding.received = decoded.digest
+            if etag or not self._holding.is_attached:
+                self._holding.received = decoded.digest
             self._holding.is_asking = False
             if not self._settings.electable or member.closed:
                 return False

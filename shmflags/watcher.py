@@ -1,7 +1,8 @@
 """The thread that notices, between two polls, that there is something to do.
 
 It looks at a few words of the mapped page, some twenty times a second, and calls back when this
-process is behind the published generation, or when nobody leads. It takes no lock and touches no file.
+process is behind the published generation, when nobody leads, or when a fetch was put off until the client
+had flags. It takes no lock and touches no file.
 Calls back do not multiply requests: a grant is due or it is not.
 """
 
@@ -81,6 +82,11 @@ class Watcher:
     @property
     def is_alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether what there is to see is seen within a second."""
+        return self.is_alive and self._interval_s <= _AGAIN_S
 
     def _run(self, stop: threading.Event, begin: threading.Event, settle_s: float) -> None:
         seen: Hashable | None = None

@@ -309,7 +309,8 @@ def test_only_what_lies_between_common_ends_is_walked(monkeypatch: pytest.Monkey
         ("a", 0, [[0] * 16_384], 0),
         ("a", 0, [[0] * 16_385], 3),
         ("a", 0, [dict.fromkeys(map(str, range(16_385)))], 3),
-        ("a" * 16_385, 0, [[0] * 16_385], 0),
+        ("a" * 16_383, 0, [], 0),
+        ("a" * 16_384, 0, [], 16_385),
     ],
     ids=[
         "no flags",
@@ -320,7 +321,8 @@ def test_only_what_lies_between_common_ends_is_walked(monkeypatch: pytest.Monkey
         "wide",
         "too wide",
         "too many keys",
-        "no wider than all",
+        "as many",
+        "too many",
     ],
 )
 def test_a_first_read_is_done_in_one_go(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -492,6 +493,27 @@ def test_a_client_that_is_starting_is_served_first(rivals: Rivals) -> None:
     second.client = ClientState(None, second.page.position(), attached=True)
     assert second.poll().fence is not None
     assert not second.election.puts_off
+
+
+def test_an_answer_settles_no_other_grant(rivals: Rivals) -> None:
+    """Whoever is deposed while it fetches has no say in what its successor has put off."""
+    contenders = [rivals.join() for _ in range(3)]
+    contenders[0].poll()
+    contenders[0].publish()
+    for last, contender in itertools.pairwise(contenders):
+        rivals.machine.dead.add(last.election.token)
+        rivals.machine.pass_time(20)
+        contender.client = ClientState(
+            None, NOTHING, attached=True, is_starting=not last.page.grant().attempts
+        )
+        contender.poll()
+        contender.client = ClientState(None, contender.page.position(), attached=True)
+        contender.poll()
+        if contender is contenders[2]:
+            contender.page.write_grant(contender.page.grant()._replace(attempts=1))
+        assert contender.page.grant().attempts == 1
+    contenders[1].election.note_answered(contenders[1].page)
+    assert contenders[1].page.grant().attempts == 1
 
 
 def test_who_leaves_puts_off_nothing(rivals: Rivals) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shmflags import SharedMemoryFlagCache, validate_provider
+from shmflags import SharedMemoryFlagCache, validate_provider, watcher
+from shmflags.attachment import Attachment
 from tests.manual_host import Machine, ManualHost
+from tests.support import wait_until
 
 INTERVAL_S = 30.0
 EMPTY: dict[str, Any] = {"flags": [], "group_type_mapping": {}, "cohorts": {}}
@@ -348,6 +353,134 @@ def test_an_etag_is_not_lent_for_what_the_client_does_not_have(group: Group) -> 
     assert busy.asked_with == [None]
 
 
+def in_another_thread(function: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(function).result(60)
+
+
+def test_a_fetch_that_ends_while_an_etag_is_lent(group: Group) -> None:
+    """Whatever three threads of a client do at once, no 304 is taken for what is not published."""
+    api = {"content": "D0"}
+    first = joining(group, api, watch=False)
+    first._load_feature_flags()
+    group.kill(first.cache)
+    group.machine.pass_time(2 * INTERVAL_S)
+    api["content"] = "D1"
+    client = Client(group.worker(), api)
+    cache = client.cache
+    cache.attach(client, watch=False)
+    assert cache.should_fetch_flag_definitions(), "one thread fetches, slowly"
+    answer = definitions("D1")
+    assert not in_another_thread(cache.should_fetch_flag_definitions)
+    cached = in_another_thread(cache.get_flag_definitions)
+    group.machine.pass_time(0.6 * INTERVAL_S)
+    api["content"] = "D0"
+    client.feature_flags, client._flags_etag = answer["flags"], "D1"
+    client.feature_flags = cached["flags"]  # The other, which loads more slowly, installs older flags.
+    in_another_thread(client._load_feature_flags)
+    cache.on_flag_definitions_received(answer)
+    group.machine.pass_time(0.2 * INTERVAL_S)
+    client._load_feature_flags()
+    for _ in range(4):
+        group.machine.pass_time(INTERVAL_S)
+        client._load_feature_flags()
+    assert client.keys == ["D0"]
+
+
+def test_a_fork_while_an_etag_is_lent(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that is forked at that moment does not take its client's old ETag for the new one."""
+    api = {"content": "D0"}
+    former, leader = (Client(group.worker(), api) for _ in range(2))
+    for client in (former, leader):
+        client.cache.attach(client, watch=False)
+    former._load_feature_flags()
+    assert former.cache._member is not None
+    former.cache.shutdown()
+    former.cache._member.closed = False
+    leader._load_feature_flags()
+    api["content"] = "D1"
+    group.machine.pass_time(INTERVAL_S)
+    leader._load_feature_flags()
+    former._load_feature_flags()
+    assert (former.keys, former._flags_etag) == (["D1"], "D0")
+    group.kill(leader.cache)
+    group.machine.pass_time(INTERVAL_S)
+    children: list[Client] = []
+    lend = Attachment.lend_etag
+
+    def forked(attachment: Attachment, *arguments: Any) -> bool:
+        if not children:
+            child = Client(group.fork(former.cache), api)
+            child.feature_flags, child._flags_etag = former.feature_flags, former._flags_etag
+            child.cache._member_lock = threading.Lock()
+            child.cache._holding.attachment = Attachment(child, child.cache)
+            children.append(child)
+        return lend(attachment, *arguments)
+
+    monkeypatch.setattr(Attachment, "lend_etag", forked)
+    former._load_feature_flags()
+    (child,) = children
+    child.cache._me()
+    group.kill(former.cache)
+    api["content"] = "D0"
+    for _ in range(2):
+        group.machine.pass_time(INTERVAL_S)
+        child._load_feature_flags()
+    assert child.keys == ["D0"]
+
+
+def test_whoever_was_lent_an_etag_has_received_what_it_stands_for(group: Group) -> None:
+    """Flags that come, go, and come again: nobody takes the ETag that he was lent for his own of before."""
+    api = {"content": "D0"}
+    former, other = (Client(group.worker(), api) for _ in range(2))
+    for client in (former, other):
+        client.cache.attach(client, watch=False)
+        client._load_feature_flags()
+
+    def lead(client: Client, content: str) -> None:
+        """Have the other make way, and this one be granted a fetch."""
+        api["content"] = content
+        rival = other if client is former else former
+        group.machine.pass_time(INTERVAL_S)
+        assert rival.cache._member is not None and rival.cache._member.known_page is not None
+        rival.cache._member.election.resign(rival.cache._member.known_page)
+        client._load_feature_flags()
+        rival._load_feature_flags()
+        assert former.keys == other.keys == [content]
+
+    lead(other, "D1")
+    lead(former, "D1")
+    assert former.asked_with == [None, "D1"]
+    lead(other, "D0")
+    lead(former, "D1")
+
+
+def test_an_etag_is_lent_for_what_is_published_only(group: Group) -> None:
+    """A leader that is behind what is published does not ask with the ETag of what it has."""
+    api = {"content": "D0"}
+    leader, behind = (Client(group.worker(), api) for _ in range(2))
+    for client in (leader, behind):
+        client.cache.attach(client, watch=False)
+        client._load_feature_flags()
+    api["content"] = "D1"
+    group.machine.pass_time(INTERVAL_S)
+    leader._load_feature_flags()
+    group.kill(leader.cache)
+    api["content"] = "D0"
+    group.machine.pass_time(INTERVAL_S)
+    behind._load_feature_flags()
+    assert behind.asked_with == [None]
+    newcomer = Client(group.worker(), api)
+    newcomer._load_feature_flags()
+    assert newcomer.keys == ["D0"]
+
+
+@pytest.fixture
+def rare_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watcher that looks once an hour counts as one that looks often: the test does its work."""
+    monkeypatch.setattr(watcher, "_AGAIN_S", 7200.0)
+
+
 def starting(group: Group, **arguments: Any) -> Client:
     """A worker that joins after the leader was killed, when a fetch has fallen due."""
     api = {"content": "D0"}
@@ -356,14 +489,18 @@ def starting(group: Group, **arguments: Any) -> Client:
     leader._load_feature_flags()
     group.kill(leader.cache)
     api["content"] = "D1"
-    late = Client(group.worker(), api)
-    late.cache.attach(late, **arguments)
-    return late
+    return joining(group, api, **arguments)
+
+
+def joining(group: Group, api: dict[str, str], **arguments: Any) -> Client:
+    client = Client(group.worker(), api)
+    client.cache.attach(client, **arguments)
+    return client
 
 
 @pytest.mark.parametrize("intervals", [0.5, 1.49])
 def test_a_worker_that_starts_takes_what_is_served_and_fetches_then(
-    group: Group, intervals: float
+    group: Group, rare_looks: None, intervals: float
 ) -> None:
     """A fetch that is due waits until the client has flags; its watcher sees to it at the next look."""
     late = starting(group, interval=3600.0)
@@ -371,13 +508,25 @@ def test_a_worker_that_starts_takes_what_is_served_and_fetches_then(
     late._load_feature_flags()
     assert (late.keys, late.asked_with) == (["D0"], [])
     assert late.cache._notice() is not None
-    late._load_feature_flags()
+    late.cache._reload()
     assert (late.keys, late.asked_with) == (["D1"], ["D0"])
     assert late.cache._notice() is None
     late.cache.shutdown()
 
 
-def test_a_fetch_is_put_off_until_the_client_has_flags(group: Group) -> None:
+def test_a_fetch_that_was_put_off_is_made_within_a_second(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watcher that has only been started does not wait with its first look."""
+    monkeypatch.setattr(watcher, "_START_S", 3600.0)
+    late = starting(group, interval=0.01)
+    group.machine.pass_time(INTERVAL_S)
+    late._load_feature_flags()
+    wait_until(lambda: late.keys == ["D1"], "the watcher has it fetch")
+    late.cache.shutdown()
+
+
+def test_a_fetch_is_put_off_until_the_client_has_flags(group: Group, rare_looks: None) -> None:
     """While the client has not installed what it was handed, there is nothing for its watcher to see."""
     late = starting(group, interval=3600.0)
     group.machine.pass_time(INTERVAL_S)
@@ -388,14 +537,116 @@ def test_a_fetch_is_put_off_until_the_client_has_flags(group: Group) -> None:
 
 
 @pytest.mark.parametrize(
-    ("intervals", "watch"), [(1.5, True), (1.0, False)], ids=["too long ago", "nobody looks"]
+    ("intervals", "arguments"),
+    [(1.5, {}), (1.0, {"watch": False}), (1.0, {"interval": 1.1})],
+    ids=["too long ago", "nobody looks", "somebody looks too rarely"],
 )
-def test_a_fetch_is_not_put_off(group: Group, intervals: float, watch: bool) -> None:
-    """Not where it would wait for the next poll, nor one and a half intervals after the last grant."""
-    late = starting(group, watch=watch, interval=3600.0)
+def test_a_fetch_is_not_put_off(group: Group, intervals: float, arguments: dict[str, Any]) -> None:
+    """Not where it would wait for more than a second, nor one and a half intervals after the last grant."""
+    late = starting(group, **arguments)
     group.machine.pass_time(intervals * INTERVAL_S)
     late._load_feature_flags()
     assert (late.keys, late.asked_with) == (["D1"], [None])
+    late.cache.shutdown()
+
+
+def test_a_fetch_is_not_put_off_for_want_of_a_thread(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no more threads are to be had, nobody would make up for it."""
+    late = starting(group)
+    group.machine.pass_time(INTERVAL_S)
+
+    def no_more(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    late._load_feature_flags()
+    assert (late.keys, late.asked_with) == (["D1"], [None])
+
+
+def test_a_snapshot_that_is_written_again_has_its_etag(group: Group) -> None:
+    """What its publisher restores, the next leader asks for as it would have before."""
+    leader = Client(group.worker(), {"content": "D0"})
+    leader.cache.attach(leader, watch=False)
+    leader._load_feature_flags()
+    assert leader.cache._member is not None
+    leader.cache._member.directory.snapshot_path.unlink()
+    leader._load_feature_flags()
+    successor = joining(group, leader.api, watch=False)
+    successor._load_feature_flags()
+    group.kill(leader.cache)
+    group.machine.pass_time(INTERVAL_S)
+    successor._load_feature_flags()
+    assert successor.asked_with == ["D0"]
+
+
+def test_who_looks_for_a_client_that_is_gone_looks_for_no_other(group: Group, rare_looks: None) -> None:
+    """A client that is attached without a watcher, after one with, has its fetch at once."""
+    late = starting(group, interval=3600.0)
+    cache = late.cache
+    cache.should_fetch_flag_definitions()
+    api = late.api
+    del late
+    gc.collect()
+    second = Client(cache, api)
+    cache.attach(second, watch=False)
+    group.machine.pass_time(INTERVAL_S)
+    second._load_feature_flags()
+    assert second.keys == ["D1"]
+    cache.shutdown()
+
+
+def test_workers_that_live_for_a_moment_put_off_no_fetch_for_ever(
+    group: Group, rare_looks: None
+) -> None:
+    """If a fetch that was put off is lost with its worker, the next worker's is made at once."""
+    late = starting(group, interval=3600.0)
+    group.machine.pass_time(INTERVAL_S)
+    late._load_feature_flags()
+    assert late.cache.should_fetch_flag_definitions() is True, "its watcher's thread is told to fetch"
+    group.kill(late.cache)
+    group.machine.pass_time(INTERVAL_S)
+    later = joining(group, late.api, interval=3600.0)
+    later._load_feature_flags()
+    assert (later.keys, later.asked_with) == (["D1"], [None])
+    late.cache._watchers.stop()
+    later.cache.shutdown()
+
+
+def test_a_fetch_that_was_put_off_and_made_lets_others_put_off_theirs(
+    group: Group, rare_looks: None
+) -> None:
+    """Once its answer has come, be it a 304, the next worker that starts is served first, too."""
+    late = starting(group, interval=3600.0)
+    late.api["content"] = "D0"
+    group.machine.pass_time(INTERVAL_S)
+    late._load_feature_flags()
+    late.cache._reload()
+    assert late.asked_with == ["D0"]
+    group.kill(late.cache)
+    group.machine.pass_time(INTERVAL_S)
+    later = joining(group, late.api, interval=3600.0)
+    later._load_feature_flags()
+    assert (later.keys, later.asked_with) == (["D0"], [])
+    late.cache._watchers.stop()
+    later.cache.shutdown()
+
+
+@pytest.mark.parametrize("how", ["the page cannot be had", "shutdown"])
+def test_a_fetch_that_was_put_off_is_given_up(group: Group, rare_looks: None, how: str) -> None:
+    """A worker that cannot use the cache, or has left, is not sent to the API by its watcher."""
+    late = starting(group, interval=3600.0)
+    group.machine.pass_time(INTERVAL_S)
+    late._load_feature_flags()
+    assert late.cache._notice() is not None
+    if how == "shutdown":
+        late.cache.shutdown()
+    else:
+        shutil.rmtree(next(group.directory.iterdir()))
+        group.directory.joinpath(f"shmflags-{os.geteuid()}").write_text("no directory")
+        assert late.cache.should_fetch_flag_definitions() is True
+    assert late.cache._notice() is None
     late.cache.shutdown()
 
 

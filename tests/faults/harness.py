@@ -142,9 +142,14 @@ class Poller:
         return page is not None and page.lease().token == member.token
 
 
-@functools.cache
 def runtime_dir(base: Path) -> RuntimeDir:
-    return locate(base, KEY, os.geteuid())
+    """Where this process's user has the files."""
+    return _located(base, os.geteuid())
+
+
+@functools.cache
+def _located(base: Path, uid: int) -> RuntimeDir:
+    return locate(base, KEY, uid)
 
 
 def control_page(base: Path) -> ControlPage:
