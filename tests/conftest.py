@@ -12,6 +12,9 @@ import pytest
 from shmflags.demo.server import DefinitionsServer, definitions, flag
 from tests.servers.running import Site
 
+IN_CI = 3000
+"""So many schedules continuous integration runs, with all that is left out at somebody's desk."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -23,8 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--simulations",
         type=int,
-        default=1000,
-        help="how many schedules the simulation runs (tests/faults/test_simulation.py)",
+        default=500,
+        help="how many schedules the simulation runs (tests/faults/test_simulation.py); from "
+        f"{IN_CI} on, faults are also tried at every step, and not at some of them",
     )
     parser.addoption(
         "--seed",
@@ -39,6 +43,12 @@ def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: tests mostly wait for processes that they started, so that a core can do two at a time."""
     cores = len(os.sched_getaffinity(0))
     return max(cores, min(2 * cores, 8))
+
+
+@pytest.fixture
+def thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether to try each step and each bit, and not only some of them."""
+    return int(request.config.getoption("--simulations")) >= IN_CI
 
 
 @pytest.fixture
