@@ -160,10 +160,8 @@ class LocalPublisher:
 
     def leave(self) -> None:
         """Give the lease back, if there is one to give."""
-        page = self._member.known_page
         try:
-            if page is not None and page.is_at_its_path():
-                self._member.leave(page)
+            self._member.leave()
         except (OSError, LockTimeoutError, PageReplacedError):
             pass  # It runs out by itself, and a dead holder's may be taken at once.
 
@@ -187,7 +185,7 @@ class LocalPublisher:
                 remedy="stop the workers, or give them role='reader', or use --force",
             )
         for event in outcome.events:
-            self._member.tell(event, page)
+            self._member.tell(event)
         # Only the first time: who deposes this publisher later means it.
         self._force = False
         self._renewed_ns = self._host.now_ns()

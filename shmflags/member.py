@@ -200,16 +200,26 @@ class Member:
     def note_loaded(self, attached: ControlPage, position: Position) -> None:
         attached.workers.note_loaded(self._slot, self.token, position)
 
-    def leave(self, attached: ControlPage) -> None:
-        """Free our lease and our slot. Raises `LockTimeoutError` or `PageReplacedError`."""
-        attached.workers.release(self._slot, self.token)
-        if self.election.resign(attached):
-            self.tell("yielded: shut down", attached)
+    def leave(self) -> None:
+        """Free our lease and our slot, if the page that has them is still there.
 
-    def tell(self, event: str, attached: ControlPage) -> None:
-        """Log what happened, with the page's numbers as they are now."""
-        term, generation = attached.fence().term, attached.position().generation
-        self._journal.event(event, self.pid, term, generation)
+        Raises `OSError`, `LockTimeoutError` or `PageReplacedError`.
+        """
+        page = self._page
+        if page is None or not page.is_at_its_path():
+            return
+        page.workers.release(self._slot, self.token)
+        if self.election.resign(page):
+            self.tell("yielded: shut down")
+
+    def numbers(self) -> tuple[int, int]:
+        """Term and generation of the page as they are now, for the log; 0 each without a page."""
+        page = self._page
+        return (0, 0) if page is None else (page.fence().term, page.position().generation)
+
+    def tell(self, event: str) -> None:
+        """Log what happened, with the page's numbers."""
+        self._journal.event(event, self.pid, *self.numbers())
 
     def _warn(self, sentence: str) -> None:
         self._journal.trouble("the directory is not as it should be", sentence, self.pid)

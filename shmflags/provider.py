@@ -53,8 +53,6 @@ if TYPE_CHECKING:  # Imported when they are needed: with asyncio, they take long
     from shmflags.status import Status
     from shmflags.upstream import Upstream
 
-_REFUSED = "refused, so this worker behaves as if it had no cache"
-
 
 class SharedMemoryFlagCache:
     """PostHog's `FlagDefinitionCacheProvider` in shared memory: one fetch per host.
@@ -172,9 +170,7 @@ class SharedMemoryFlagCache:
             if not member.closed:
                 member.closed = True
                 try:
-                    page = member.known_page
-                    if page is not None and page.is_at_its_path():
-                        member.leave(page)
+                    member.leave()
                 finally:
                     if self._upstream is not None:
                         self._upstream.shutdown(member)
@@ -279,7 +275,7 @@ class SharedMemoryFlagCache:
     def _act_on(self, member: Member, page: ControlPage, outcome: Outcome) -> bool:
         """Log what happened and note the fence; True if a fetch was granted."""
         for event in outcome.events:
-            member.tell(event, page)
+            member.tell(event)
         if member.election.puts_off:
             self._watchers.hasten()
         fence = outcome.fence
@@ -381,14 +377,14 @@ class SharedMemoryFlagCache:
         self._complain("no election for half an interval", error)
 
     def _give_up(self, what: str, error: Exception) -> None:
-        self._complain(_REFUSED if isinstance(error, UnsafePathError) else what, error)
+        if isinstance(error, UnsafePathError):
+            what = "refused, so this worker behaves as if it had no cache"
+        self._complain(what, error)
 
     def _complain(self, what: str, error: object) -> None:
         try:
-            page = self._member.known_page if self._member is not None else None
-            term = page.fence().term if page is not None else 0
-            generation = page.position().generation if page is not None else 0
-            self._journal.trouble(what, error, os.getpid(), term, generation)
+            numbers = self._member.numbers() if self._member is not None else (0, 0)
+            self._journal.trouble(what, error, os.getpid(), *numbers)
         except Exception:
             pass  # A broken log handler must not become a stampede on the API.
 

@@ -126,7 +126,7 @@ class Publisher:
         if tended.restored is not None:
             held.position = tended.restored
         if tended.event:
-            member.tell(tended.event, page)
+            member.tell(tended.event)
 
     def clean_up(self, member: Member, page: ControlPage) -> None:
         """Remove what others left when they were killed. Whoever is granted a fetch does this."""
@@ -157,11 +157,11 @@ class Publisher:
             return True
         member.pending = None
         if done.event:
-            member.tell(done.event, page)
+            member.tell(done.event)
         if done.result is Result.DROPPED:
             overtaken = self._holding.ahead_of(page, member.token) is None
             reason = "something newer was published" if overtaken else "another worker leads by now"
-            member.tell(f"dropped: what was fetched, as {reason}", page)
+            member.tell(f"dropped: what was fetched, as {reason}")
             # Better than nothing, but not than what is served: whoever leads may be told 304 from now
             # on, and then nothing says when this is outdated.
             self._holding.unshared = Unshared(pending.decoded, None, member.token)
@@ -171,5 +171,5 @@ class Publisher:
         member.note_loaded(page, done.position)
         if done.result is Result.PUBLISHED:
             flags, cohorts = pending.encoded.flag_count, pending.encoded.cohort_count
-            member.tell(f"published: {flags} flags, {cohorts} cohorts, {size} bytes", page)
+            member.tell(f"published: {flags} flags, {cohorts} cohorts, {size} bytes")
         return True
