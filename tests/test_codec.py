@@ -54,7 +54,11 @@ def same(left: Any, right: Any) -> bool:
 
 def through(data: Any, known: codec.Decoded | None = None) -> codec.Decoded:
     """Encode, and decode from the bytes alone."""
-    encoded, _ = codec.encode(data)
+    return from_bytes(codec.encode(data)[0], known)
+
+
+def from_bytes(encoded: codec.Encoded, known: codec.Decoded | None = None) -> codec.Decoded:
+    """Decode from the bytes alone, on top of what is `known`."""
     return codec.decode(
         memoryview(encoded.entries),
         memoryview(encoded.body),

@@ -24,7 +24,7 @@ from shmflags import SharedMemoryFlagCache, codec, snapshot
 from shmflags.demo.server import DefinitionsServer, definitions, flag
 from tests.manual_host import Machine, ManualHost
 from tests.support import WAIT_S, wait_until
-from tests.test_codec import any_text, json_values, same
+from tests.test_codec import any_text, from_bytes, json_values, same
 from tests.test_codec import definitions as any_definitions
 
 INTERVAL_S = 30.0
@@ -93,33 +93,22 @@ def test_a_chain_of_changes_decodes_to_what_was_published(
 ) -> None:
     """After any edits, what was decoded on top of the last is what is decoded from nothing."""
     encoded, published = codec.encode(first)
-    prompt = lagging = _decode(encoded)
+    prompt = lagging = from_bytes(encoded)
     data = first
     for number, change in enumerate(changes):
         data = edited(data, change)
         encoded, adopted = codec.encode(data, published)
         assert encoded == codec.encode(data)[0]
-        before, prompt = prompt, _decode(encoded, prompt)
+        before, prompt = prompt, from_bytes(encoded, prompt)
         assert same(prompt.definitions, data)
-        assert same(_decode(encoded).definitions, data)
+        assert same(from_bytes(encoded).definitions, data)
         _check_reuse(before.definitions, prompt.definitions)
         # A reader that missed some, and a publisher that is deposed and reads.
         if number % 3 == 2:
-            lagging = _decode(encoded, lagging)
+            lagging = from_bytes(encoded, lagging)
             assert same(lagging.definitions, data)
-        assert same(_decode(encoded, published).definitions, data)
+        assert same(from_bytes(encoded, published).definitions, data)
         published = adopted
-
-
-def _decode(encoded: codec.Encoded, known: codec.Decoded | None = None) -> codec.Decoded:
-    return codec.decode(
-        memoryview(encoded.entries),
-        memoryview(encoded.body),
-        encoded.flag_count,
-        encoded.cohort_count,
-        encoded.digest,
-        known,
-    )
 
 
 def _check_reuse(before: dict[str, Any], after: dict[str, Any]) -> None:
