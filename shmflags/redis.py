@@ -174,7 +174,7 @@ class RedisFlagCache:
             self._complain("definitions cannot be had from Redis", error)
         if self._held is not None:
             return self._held.definitions
-        return {"flags": [], "group_type_mapping": {}, "cohorts": {}}
+        return codec.nothing().definitions
 
     def on_flag_definitions_received(self, data: Any) -> None:
         """Publish what this process fetched, unless another one leads by now."""
