@@ -175,6 +175,13 @@ class Rivals:
         self.last += 1
         return Contender(self.home, self.machine, self.last, max_term_s)
 
+    def one_leads(self) -> tuple[Contender, Contender]:
+        """Two: the first leads and has published, the second has not polled yet."""
+        first, second = self.join(), self.join()
+        first.poll()
+        first.publish()
+        return first, second
+
 
 @pytest.fixture
 def rivals(directory: Path) -> Rivals:
@@ -219,9 +226,7 @@ def test_a_follower_takes_no_lock_while_the_leader_lives(rivals: Rivals) -> None
 
 def test_a_dead_leader_is_succeeded_in_a_new_term(rivals: Rivals) -> None:
     """Taking over raises the term, says from whom and why, and is counted."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    _, second = rivals.one_leads()
     rivals.machine.dead.add(1)
     rivals.machine.pass_time(20)
     second.client = ClientState(None, NOTHING, attached=False)
@@ -235,9 +240,7 @@ def test_a_dead_leader_is_succeeded_in_a_new_term(rivals: Rivals) -> None:
 
 def test_a_deposed_leader_says_so_once(rivals: Rivals) -> None:
     """A leader that finds another in its place logs it once, and follows."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    first, second = rivals.one_leads()
     rivals.machine.pass_time(91)
     assert second.poll().leads
     assert first.election.may_lead(first.page)
@@ -248,9 +251,7 @@ def test_a_deposed_leader_says_so_once(rivals: Rivals) -> None:
 
 def test_a_deposed_leader_that_finds_nobody_says_so(rivals: Rivals) -> None:
     """A leader whose successor has resigned meanwhile logs that, and is elected again."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    first, second = rivals.one_leads()
     rivals.machine.pass_time(91)
     second.poll()
     second.election.resign(second.page)
@@ -270,9 +271,7 @@ def test_a_lease_half_written_is_nobodys(rivals: Rivals) -> None:
 
 def test_a_dead_fetchers_successor_awaits_its_turn_while_something_is_served(rivals: Rivals) -> None:
     """With something to serve a grant follows half an interval after the last, whoever has died."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    _, second = rivals.one_leads()
     rivals.machine.dead.add(1)
     rivals.machine.pass_time(14)
     outcome = second.poll()
@@ -333,9 +332,7 @@ def test_a_cold_start_waits_for_the_living_fetcher(rivals: Rivals) -> None:
 
 def test_nothing_is_taken_over_once_there_is_something_to_serve(rivals: Rivals) -> None:
     """A publish that comes while somebody is about to take over ends the cold start."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    _, second = rivals.one_leads()
     rivals.machine.dead.add(1)
     rivals.machine.pass_time(20)
     assert second.take_over() == Outcome(leads=False)
@@ -518,9 +515,7 @@ def test_an_answer_settles_no_other_grant(rivals: Rivals) -> None:
 
 def test_who_leaves_puts_off_nothing(rivals: Rivals) -> None:
     """Whoever resigns while a fetch waits owes it no more."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    first, second = rivals.one_leads()
     first.election.resign(first.page)
     rivals.machine.pass_time(20)
     second.client = ClientState(None, NOTHING, attached=True, is_starting=True)
@@ -532,9 +527,7 @@ def test_who_leaves_puts_off_nothing(rivals: Rivals) -> None:
 
 def test_a_doubtful_etag_alone_leads_at_once(rivals: Rivals) -> None:
     """With nobody else alive there is nobody to wait for."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    _, second = rivals.one_leads()
     rivals.machine.dead.add(1)
     rivals.machine.pass_time(20)
     second.client = ClientState(b"x" * 16, NOTHING, attached=False)
@@ -589,9 +582,7 @@ def in_a_thread(call: Callable[[], object]) -> None:
 
 def test_a_doubt_that_comes_up_later_counts_like_one_known_before(rivals: Rivals) -> None:
     """A grant whose ETag turns out to be doubtful must bring a publish, in the thread that fetches."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    first, second = rivals.one_leads()
     sound = ClientState(b"d" * 16, first.page.position(), attached=False)
     first.client = second.client = sound
     rivals.machine.pass_time(15)
@@ -609,9 +600,7 @@ def test_a_late_doubt_is_as_old_as_when_it_came_up(
     rivals: Rivals, passed_s: int, fruitless: bool
 ) -> None:
     """Another thread's poll ends a doubtful fetch when an interval has passed since the doubt."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    first, second = rivals.one_leads()
     first.client = ClientState(b"d" * 16, first.page.position(), attached=False)
     in_a_thread(first.election.note_doubt)
     rivals.machine.pass_time(passed_s)
@@ -640,9 +629,7 @@ def test_alone_a_fruitless_fetch_is_forgiven_once_and_again(rivals: Rivals) -> N
 
 def test_who_made_way_in_vain_leads_again_in_spite_of_its_doubt(rivals: Rivals) -> None:
     """A leader that yielded abstains once for the term: if nobody came meanwhile, it takes the lease."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    first, second = rivals.one_leads()
     first.client = ClientState(b"x" * 16, NOTHING, attached=False)
     rivals.machine.pass_time(15)
     assert first.poll().fence is not None
@@ -657,9 +644,7 @@ def test_who_made_way_in_vain_leads_again_in_spite_of_its_doubt(rivals: Rivals) 
 
 def test_a_grant_that_need_bring_nothing_is_never_fruitless(rivals: Rivals) -> None:
     """Once something is served and the ETag is sound, a 304 is as good as an answer."""
-    first, second = rivals.join(), rivals.join()
-    first.poll()
-    first.publish()
+    first, second = rivals.one_leads()
     first.client = ClientState(b"d" * 16, first.page.position(), attached=False)
     for _ in range(3):
         rivals.machine.pass_time(30)
