@@ -285,56 +285,57 @@ def test_a_process_that_drops_its_privileges(shared: Path) -> None:
 # -- the base
 
 
-def test_a_default_base_that_others_can_tamper_with(monkeypatch: pytest.MonkeyPatch, ear: Ear) -> None:
-    """A world-writable /dev/shm without sticky bit is refused, and nothing is made there."""
+def with_own_default_base(
+    monkeypatch: pytest.MonkeyPatch, options: str, act: Callable[[], None]
+) -> None:
+    """Run `act` as user 4321 in a child, whose /dev/shm is one of its own, mounted with `options`."""
     require_root()
     monkeypatch.delenv("SHMFLAGS_DIR", raising=False)
 
     def child() -> None:
         private_mounts()
-        mount_tmpfs(Path("/dev/shm"), "size=1m,mode=0777")
+        mount_tmpfs(Path("/dev/shm"), f"size=1m,{options}")
         become(4321)
+        act()
+
+    in_child(child)
+
+
+def test_a_default_base_that_others_can_tamper_with(monkeypatch: pytest.MonkeyPatch, ear: Ear) -> None:
+    """A world-writable /dev/shm without sticky bit is refused, and nothing is made there."""
+
+    def child() -> None:
         api = Api()
         assert [poller(None, api).poll() for _ in range(2)] == [1, 1]
         assert api.requests == 2
         assert os.listdir("/dev/shm") == []
         assert ear.heard("refused", "UnsafePathError", "/dev/shm", "no sticky bit", "chmod +t")
 
-    in_child(child)
+    with_own_default_base(monkeypatch, "mode=0777", child)
 
 
 def test_a_default_base_that_is_as_it_should_be(monkeypatch: pytest.MonkeyPatch, ear: Ear) -> None:
     """A world-writable /dev/shm with its sticky bit is where the files go, without a word."""
-    require_root()
-    monkeypatch.delenv("SHMFLAGS_DIR", raising=False)
 
     def child() -> None:
-        private_mounts()
-        mount_tmpfs(Path("/dev/shm"), "size=1m,mode=1777")
-        become(4321)
         api = Api()
         assert [poller(None, api).poll() for _ in range(2)] == [1, 1]
         assert api.requests == 1
         assert os.listdir("/dev/shm") == ["shmflags-4321"]
         assert not ear.heard("not as it should be")
 
-    in_child(child)
+    with_own_default_base(monkeypatch, "mode=1777", child)
 
 
 def test_a_default_base_of_another_user(monkeypatch: pytest.MonkeyPatch, ear: Ear) -> None:
     """A /dev/shm that belongs to somebody else than root is refused."""
-    require_root()
-    monkeypatch.delenv("SHMFLAGS_DIR", raising=False)
 
     def child() -> None:
-        private_mounts()
-        mount_tmpfs(Path("/dev/shm"), f"size=1m,mode=1777,uid={ATTACKER}")
-        become(4321)
         assert poller(None).poll() == 1
         assert os.listdir("/dev/shm") == []
         assert ear.heard("refused", "UnsafePathError", f"belongs to user {ATTACKER}", "directory=")
 
-    in_child(child)
+    with_own_default_base(monkeypatch, f"mode=1777,uid={ATTACKER}", child)
 
 
 def test_an_explicit_base_is_warned_about(tmp_path: Path, ear: Ear) -> None:
