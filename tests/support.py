@@ -1,4 +1,4 @@
-"""Worker processes, waiting, and what a test needs from the machine."""
+"""Worker processes, waiting, the smallest definitions, and what a test needs from the machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 
+from shmflags.contract import Definitions, FlagDefinitionCacheProvider
 from tests import worker_main
 
 WAIT_S = 60.0
 """Bound of any wait; reached only when something is wrong."""
+
+EMPTY: Definitions = {"flags": [], "group_type_mapping": {}, "cohorts": {}}
+"""What a cache hands out that has nothing."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.worker_main"])
@@ -90,12 +94,12 @@ def _state(pid: int) -> str:
 
 
 @contextmanager
-def workers(count: int) -> Iterator[list[Worker]]:
-    """`count` worker processes, gone after the block."""
+def workers(count: int, kind: Callable[[], Worker] = Worker) -> Iterator[list[Worker]]:
+    """`count` worker processes of that kind, gone after the block."""
     running: list[Worker] = []
     try:
         for _ in range(count):
-            running.append(Worker())
+            running.append(kind())
         yield running
     finally:
         for worker in running:
@@ -124,6 +128,22 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT
         time.sleep(0.005)
 
 
+def made_of(*keys: str) -> Definitions:
+    """Definitions with a flag per key, and nothing else in them."""
+    return {"flags": [{"key": key} for key in keys], "group_type_mapping": {}, "cohorts": {}}
+
+
+def publish(cache: FlagDefinitionCacheProvider, *keys: str) -> None:
+    """Be told to fetch, and receive what is made of `keys`."""
+    assert cache.should_fetch_flag_definitions() is True
+    cache.on_flag_definitions_received(made_of(*keys))
+
+
+def served(cache: FlagDefinitionCacheProvider) -> list[str]:
+    """The keys of the flags that the cache hands out."""
+    return [flag["key"] for flag in cache.get_flag_definitions()["flags"]]
+
+
 def require_program(name: str) -> str:
     """The path of a program that a test drives; skips without it, fails where none may be missing."""
     # What was installed beside this Python comes first: an environment need not be activated.
@@ -145,11 +165,16 @@ def require_root() -> None:
 
 
 __all__ = [
+    "EMPTY",
     "Connection",
     "Worker",
     "call_all",
+    "made_of",
+    "poll_in_turn",
+    "publish",
     "require_program",
     "require_root",
+    "served",
     "wait_until",
     "workers",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shmflags.demo.server import DefinitionsServer, definitions, flag
-from tests.support import WAIT_S, Worker, call_all, wait_until, workers
+from tests.support import EMPTY, WAIT_S, Worker, call_all, wait_until, workers
 
 D0 = definitions(flag("zero"))
 D1 = definitions(flag("one"))
@@ -331,12 +331,11 @@ def test_nobody_waits_twice(server: DefinitionsServer, directory: Path) -> None:
         fetcher.start("evaluate", "one")
         assert server.wait_for(lambda s: s.count == 1, WAIT_S)
         assert follower.call("should_fetch") is False
-        empty = {"flags": [], "group_type_mapping": {}, "cohorts": {}}
-        assert follower.call("get") == empty
+        assert follower.call("get") == EMPTY
         waited = follower.call("slept")
         assert waited > 0
         for _ in range(5):
-            assert follower.call("get") == empty
+            assert follower.call("get") == EMPTY
         assert follower.call("slept") == waited
         assert server.count == 1
         server.recover()

@@ -20,14 +20,9 @@ import pytest
 from shmflags import SharedMemoryFlagCache, validate_provider, watcher
 from shmflags.attachment import Attachment
 from tests.manual_host import Machine, ManualHost
-from tests.support import wait_until
+from tests.support import EMPTY, made_of, publish, served, wait_until
 
 INTERVAL_S = 30.0
-EMPTY: dict[str, Any] = {"flags": [], "group_type_mapping": {}, "cohorts": {}}
-
-
-def definitions(*keys: str) -> dict[str, Any]:
-    return {"flags": [{"key": key} for key in keys], "group_type_mapping": {}, "cohorts": {}}
 
 
 class Group:
@@ -64,16 +59,6 @@ class Group:
 @pytest.fixture
 def group(directory: Path) -> Group:
     return Group(directory)
-
-
-def publish(cache: SharedMemoryFlagCache, *keys: str) -> None:
-    """Be told to fetch, and receive."""
-    assert cache.should_fetch_flag_definitions() is True
-    cache.on_flag_definitions_received(definitions(*keys))
-
-
-def served(cache: SharedMemoryFlagCache) -> list[str]:
-    return [flag["key"] for flag in cache.get_flag_definitions()["flags"]]
 
 
 # -- grants
@@ -137,7 +122,7 @@ def test_a_reader_never_leads_nor_publishes(group: Group) -> None:
     """A reader is never told to fetch, and what it receives goes nowhere."""
     reader, worker = group.worker(role="reader"), group.worker()
     assert reader.should_fetch_flag_definitions() is False
-    reader.on_flag_definitions_received(definitions("planted"))
+    reader.on_flag_definitions_received(made_of("planted"))
     assert reader.get_flag_definitions() == EMPTY
     publish(worker, "a")
     assert served(reader) == ["a"]
@@ -186,7 +171,7 @@ def test_what_another_publish_overtook_is_dropped(group: Group) -> None:
     """A fetch is published only if nothing was published since it was granted."""
     slow, quick = slow_and_quick(group)
     publish(quick, "newer")
-    slow.on_flag_definitions_received(definitions("older"))
+    slow.on_flag_definitions_received(made_of("older"))
     assert served(slow) == ["newer"]
 
 
@@ -194,7 +179,7 @@ def test_even_unchanged_content_overtakes(group: Group) -> None:
     """A publish of the same content counts as one: an older fetch of other content is dropped."""
     slow, quick = slow_and_quick(group)
     publish(quick, "a")
-    slow.on_flag_definitions_received(definitions("older"))
+    slow.on_flag_definitions_received(made_of("older"))
     assert served(quick) == ["a"]
 
 
@@ -202,9 +187,9 @@ def test_a_deposed_leader_may_not_publish_even_if_nobody_did(group: Group) -> No
     """With something to serve, a fetch of an earlier term is dropped."""
     slow, quick = slow_and_quick(group)
     assert quick.should_fetch_flag_definitions() is True
-    slow.on_flag_definitions_received(definitions("older"))
+    slow.on_flag_definitions_received(made_of("older"))
     assert served(quick) == ["a"]
-    quick.on_flag_definitions_received(definitions("newer"))
+    quick.on_flag_definitions_received(made_of("newer"))
     assert served(slow) == ["newer"]
 
 
@@ -214,7 +199,7 @@ def test_with_nothing_to_serve_the_term_does_not_matter(group: Group) -> None:
     assert slow.should_fetch_flag_definitions() is True
     group.machine.pass_time(40)
     assert quick.should_fetch_flag_definitions() is True
-    slow.on_flag_definitions_received(definitions("first"))
+    slow.on_flag_definitions_received(made_of("first"))
     assert served(quick) == ["first"]
 
 
@@ -222,7 +207,7 @@ def test_data_that_nobody_was_told_to_fetch_is_dropped(group: Group) -> None:
     """With something to serve, a publish without a grant changes nothing."""
     leader, other = group.worker(), group.worker()
     publish(leader, "a")
-    other.on_flag_definitions_received(definitions("b"))
+    other.on_flag_definitions_received(made_of("b"))
     assert served(leader) == ["a"]
 
 
@@ -257,7 +242,7 @@ class Client:
         self.asked_with.append(self._flags_etag)
         if self._flags_etag == content:
             return
-        data = definitions(content)
+        data = made_of(content)
         self.feature_flags = data["flags"]
         self._flags_etag = content
         self.cache.on_flag_definitions_received(data)
@@ -328,7 +313,7 @@ def test_an_etag_is_not_lent_for_what_the_client_does_not_have(group: Group) -> 
     for client in (leader, other, busy):
         client.cache.attach(client, watch=False)
         client._load_feature_flags()
-    other.feature_flags = definitions("D0")["flags"]
+    other.feature_flags = made_of("D0")["flags"]
     group.kill(leader.cache)
     group.machine.pass_time(INTERVAL_S)
     other._load_feature_flags()
@@ -370,7 +355,7 @@ def test_a_fetch_that_ends_while_an_etag_is_lent(group: Group) -> None:
     cache = client.cache
     cache.attach(client, watch=False)
     assert cache.should_fetch_flag_definitions(), "one thread fetches, slowly"
-    answer = definitions("D1")
+    answer = made_of("D1")
     assert not in_another_thread(cache.should_fetch_flag_definitions)
     cached = in_another_thread(cache.get_flag_definitions)
     group.machine.pass_time(0.6 * INTERVAL_S)
@@ -737,8 +722,7 @@ def test_a_page_of_another_boot_is_not_served(group: Group) -> None:
     publish(before, "old")
     group.machine.boot += 1
     after = group.worker()
-    assert after.should_fetch_flag_definitions() is True
-    after.on_flag_definitions_received(definitions("new"))
+    publish(after, "new")
     assert served(after) == ["new"]
 
 
@@ -798,7 +782,7 @@ def test_a_publish_that_cannot_be_written_waits(group: Group, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    leader.on_flag_definitions_received(definitions("b"))
+    leader.on_flag_definitions_received(made_of("b"))
     assert sorted(path.name for path in directory.iterdir()) == ["page", "snapshot"]
     assert served(other) == ["a"]
     assert served(leader) == ["b"], "the client has it; it must not be taken back to older flags"
@@ -854,7 +838,7 @@ def test_definitions_above_the_maximum_are_refused(
     group.machine.pass_time(INTERVAL_S)
     assert leader.should_fetch_flag_definitions() is True
     with caplog.at_level(logging.WARNING, "shmflags"):
-        leader.on_flag_definitions_received(definitions(*(f"flag-{i}" for i in range(500))))
+        leader.on_flag_definitions_received(made_of(*(f"flag-{i}" for i in range(500))))
     assert "max_bytes is 2000" in caplog.text
     assert served(other) == ["good"]
 
@@ -871,7 +855,7 @@ def fail(*_: Any, **__: Any) -> Any:
     [
         (lambda c: c.should_fetch_flag_definitions(), True),
         (lambda c: c.get_flag_definitions(), None),
-        (lambda c: c.on_flag_definitions_received(definitions("a")), None),
+        (lambda c: c.on_flag_definitions_received(made_of("a")), None),
     ],
     ids=["should_fetch", "get", "on_received"],
 )
@@ -898,7 +882,7 @@ def test_an_unusable_directory_is_as_no_cache(group: Group, caplog: pytest.LogCa
     worker, reader = group.worker(), group.worker(role="reader")
     assert worker.should_fetch_flag_definitions() is True
     assert worker.get_flag_definitions() is None
-    worker.on_flag_definitions_received(definitions("a"))
+    worker.on_flag_definitions_received(made_of("a"))
     assert reader.should_fetch_flag_definitions() is False
     assert reader.get_flag_definitions() is None
     assert "missing" in caplog.text

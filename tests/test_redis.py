@@ -21,14 +21,9 @@ from shmflags.redis_server import state_key
 from tests.cluster_worker import Worker
 from tests.proxy import Proxy
 from tests.redis_program import RedisProgram
-from tests.support import WAIT_S, call_all, wait_until
+from tests.support import EMPTY, WAIT_S, call_all, made_of, publish, served, wait_until, workers
 
 KEY = "my-service"
-EMPTY: dict[str, Any] = {"flags": [], "group_type_mapping": {}, "cohorts": {}}
-
-
-def made_of(*keys: str) -> dict[str, Any]:
-    return {"flags": [{"key": key} for key in keys], "group_type_mapping": {}, "cohorts": {}}
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +64,6 @@ def cache(program: RedisProgram, server_client: redis.Redis) -> Iterator[Caches]
     caches = Caches(program.port)
     yield caches
     caches.close()
-
-
-def publish(cache: RedisFlagCache, *keys: str) -> None:
-    assert cache.should_fetch_flag_definitions() is True
-    cache.on_flag_definitions_received(made_of(*keys))
-
-
-def served(cache: RedisFlagCache) -> list[str]:
-    return [flag["key"] for flag in cache.get_flag_definitions()["flags"]]
 
 
 def until_told(cache: RedisFlagCache) -> None:
@@ -253,8 +239,7 @@ def test_a_bad_publish_loses_nothing(cache: Caches, data: Any) -> None:
 def test_what_is_too_large_is_not_shared(cache: Caches) -> None:
     """Definitions over `max_bytes` are neither written nor read."""
     small, large = cache(max_bytes=2048), cache(cold_start_timeout=0.0)
-    assert small.should_fetch_flag_definitions() is True
-    small.on_flag_definitions_received(made_of("x" * 4000))
+    publish(small, "x" * 4000)
     assert large.get_flag_definitions() == EMPTY
     large.on_flag_definitions_received(made_of("x" * 4000))
     assert served(large) == ["x" * 4000]
@@ -526,8 +511,7 @@ def test_valkeys_client_is_the_same(program: RedisProgram, cache: Caches) -> Non
 
 def test_made_before_a_fork_one_of_all_leads(program: RedisProgram, server_client: redis.Redis) -> None:
     """A cache made, and used, before a fork leaves one leader; each child connects for itself."""
-    worker = Worker()
-    try:
+    with workers(1, Worker) as (worker,):
         worker.call("make_redis_cache", program.port, 3600.0)
         children = worker.call("fork", [("should_fetch", ())], 4)
         assert sorted(results[0] for _, results in children) == [False, False, False, True]
@@ -544,14 +528,11 @@ def test_made_before_a_fork_one_of_all_leads(program: RedisProgram, server_clien
         assert server_client.hmget(state_key(KEY), "token", "term", "until") == lease
         pass_time(server_client, 2000)
         assert worker.call("should_fetch") is True
-    finally:
-        worker.close()
 
 
 def test_a_fork_amidst_a_fetch(program: RedisProgram, server_client: redis.Redis) -> None:
     """A child forked while its parent fetches does not rely on an ETag that it cannot know."""
-    worker = Worker()
-    try:
+    with workers(1, Worker) as (worker,):
         worker.call("make_redis_cache", program.port, 3600.0)
         assert worker.call("should_fetch") is True
         worker.call("receive", made_of("a"))
@@ -562,14 +543,11 @@ def test_a_fork_amidst_a_fetch(program: RedisProgram, server_client: redis.Redis
         assert worker.call("trusts_its_etag") is True
         assert worker.call("should_fetch") is False  # It was told 304.
         assert worker.call("fork", [("trusts_its_etag", ())], 1)[0][1] == [True]
-    finally:
-        worker.close()
 
 
 def test_a_fork_amidst_polls(program: RedisProgram, server_client: redis.Redis) -> None:
     """Children forked while threads of the parent talk to Redis all get through."""
-    worker = Worker()
-    try:
+    with workers(1, Worker) as (worker,):
         worker.call("make_redis_cache", program.port, 3600.0)
         worker.call("should_fetch")
         worker.call("receive", made_of("a"))
@@ -577,25 +555,19 @@ def test_a_fork_amidst_polls(program: RedisProgram, server_client: redis.Redis) 
         for _ in range(5):
             children = worker.call("fork", [("should_fetch", ()), ("get", ())], 4)
             assert [results for _, results in children] == [[False, made_of("a")]] * 4
-    finally:
-        worker.close()
 
 
 def test_real_clients_alone_on_redis(program: RedisProgram, server_client: redis.Redis) -> None:
     """8 real clients on RedisFlagCache alone load with one full request, and see a change."""
-    workers = [Worker() for _ in range(8)]
-    try:
-        with DefinitionsServer(definitions(flag("one")), latency_s=0.2) as server:
-            call_all(workers, "make_redis_cache", program.port, 0.5)
-            call_all(workers, "make_client", server.url, poll_interval=0.5)
-            assert call_all(workers, "evaluate", "one") == [True] * 8
-            assert server.full == 1
-            server.set_definitions(definitions(flag("one", on=False)))
-            assert all(call_all(workers, "until", "one", False, WAIT_S / 2))
-            assert server.full == 2
-    finally:
-        for worker in workers:
-            worker.close()
+    one = definitions(flag("one"))
+    with workers(8, Worker) as group, DefinitionsServer(one, latency_s=0.2) as server:
+        call_all(group, "make_redis_cache", program.port, 0.5)
+        call_all(group, "make_client", server.url, poll_interval=0.5)
+        assert call_all(group, "evaluate", "one") == [True] * 8
+        assert server.full == 1
+        server.set_definitions(definitions(flag("one", on=False)))
+        assert all(call_all(group, "until", "one", False, WAIT_S / 2))
+        assert server.full == 2
 
 
 # -- failures

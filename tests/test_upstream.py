@@ -17,13 +17,9 @@ from shmflags.demo.server import DefinitionsServer, definitions, flag
 from shmflags.upstream import PATIENCE_S
 from tests.cluster_worker import Worker
 from tests.manual_host import Machine, ManualHost
-from tests.support import WAIT_S, wait_until
+from tests.support import WAIT_S, made_of, publish, served, wait_until, workers
 
 INTERVAL_S = 30.0
-
-
-def made_of(*keys: str) -> dict[str, Any]:
-    return {"flags": [{"key": key} for key in keys], "group_type_mapping": {}, "cohorts": {}}
 
 
 class Upstream:
@@ -89,10 +85,6 @@ def worker(directory: Path) -> Iterator[Workers]:
     workers.close()
 
 
-def served(cache: SharedMemoryFlagCache) -> list[str]:
-    return [flag["key"] for flag in cache.get_flag_definitions()["flags"]]
-
-
 # -- who asks, and when
 
 
@@ -141,8 +133,7 @@ def test_told_to_fetch_it_publishes_to_both(worker: Workers) -> None:
     """What was fetched is published on the host and given to the upstream."""
     upstream = Upstream(fetch=True)
     leader, follower = worker(upstream), worker(upstream)
-    assert leader.should_fetch_flag_definitions() is True
-    leader.on_flag_definitions_received(made_of("a"))
+    publish(leader, "a")
     assert upstream.received == [made_of("a")]
     assert served(follower) == ["a"]
 
@@ -173,8 +164,7 @@ def test_an_overtaken_answer_is_dropped(worker: Workers) -> None:
     def overtake() -> None:
         upstream.before = lambda: None
         worker.machine.pass_time(4 * INTERVAL_S)
-        assert other.should_fetch_flag_definitions() is True
-        other.on_flag_definitions_received(made_of("new"))
+        publish(other, "new")
 
     upstream.before = overtake
     assert leader.should_fetch_flag_definitions() is False
@@ -217,8 +207,7 @@ def test_nothing_upstream_and_something_here(worker: Workers) -> None:
     """Told not to fetch by an upstream that has nothing, a host goes on serving what it has."""
     upstream = Upstream(fetch=True)
     leader = worker(upstream)
-    leader.should_fetch_flag_definitions()
-    leader.on_flag_definitions_received(made_of("a"))
+    publish(leader, "a")
     upstream.fetch = False
     slept = worker.machine.slept
     assert worker.poll(leader) is False
@@ -305,8 +294,7 @@ def test_an_upstream_that_raises_never_reaches_the_sdk(
     setattr(upstream, method, fail)
     leader = worker(upstream)
     with caplog.at_level(logging.WARNING, "shmflags"):
-        assert leader.should_fetch_flag_definitions() is True
-        leader.on_flag_definitions_received(made_of("a"))
+        publish(leader, "a")
         assert served(leader) == ["a"]
         leader.shutdown()
     assert "of the upstream" in caplog.text
@@ -415,8 +403,7 @@ def test_a_hung_upstream_is_shut_down_when_it_comes_back(worker: Workers) -> Non
 
 def test_a_forked_child_does_not_shut_down_for_its_parent() -> None:
     """Children of a process that asked do not shut the upstream down, unless they ask it themselves."""
-    worker = Worker()
-    try:
+    with workers(1, Worker) as (worker,):
         worker.call("make_noting_tiers", 30.0)
         assert worker.call("should_fetch") is True
         worker.call("receive", made_of("a"))
@@ -424,22 +411,17 @@ def test_a_forked_child_does_not_shut_down_for_its_parent() -> None:
         assert [results[-1] for _, results in children] == [["ask", "receive"]] * 2
         worker.call("shutdown")
         assert worker.call("noted") == ["ask", "receive", "shutdown"]
-    finally:
-        worker.close()
 
 
 def test_a_forked_child_that_asks_shuts_down_for_itself() -> None:
     """A child that asks the upstream itself has a helper thread, and a shutdown, of its own."""
-    worker = Worker()
-    try:
+    with workers(1, Worker) as (worker,):
         worker.call("make_noting_tiers", 0.1)
         told = [("until_told", ()), ("receive", (made_of("a"),)), ("shutdown", ()), ("noted", ())]
         for name, arguments in told[:-1]:
             worker.call(name, *arguments)
         children = worker.call("fork", told, 1)
         assert children[0][1][-1] == ["ask", "receive", "shutdown"] * 2
-    finally:
-        worker.close()
 
 
 # -- coroutines
@@ -486,8 +468,7 @@ def test_coroutines_run_on_one_loop_of_the_helper_thread(worker: Workers) -> Non
     """An async upstream is awaited on one loop, which is always the same, on a daemon thread."""
     upstream = AsyncUpstream()
     leader = worker(upstream)
-    assert leader.should_fetch_flag_definitions() is True
-    leader.on_flag_definitions_received(made_of("a"))
+    publish(leader, "a")
     assert worker.poll(leader) is False
     assert served(leader) == ["a"]
     leader.shutdown()
@@ -512,8 +493,7 @@ def test_a_hung_coroutine_is_cancelled(worker: Workers) -> None:
 
 def test_a_fork_leaves_the_parents_loop_alone() -> None:
     """Children of a process with an async upstream end without harm to its event loop."""
-    worker = Worker()
-    try:
+    with workers(1, Worker) as (worker,):
         worker.call("make_noting_tiers", 0.1, is_async=True)
         assert worker.call("should_fetch") is True
         children = worker.call("fork", [("end_loops", ()), ("shutdown", ())], 2)
@@ -522,8 +502,6 @@ def test_a_fork_leaves_the_parents_loop_alone() -> None:
         assert worker.call("noted") == ["ask", "receive"]
         worker.call("shutdown")
         assert worker.call("noted") == ["ask", "receive", "shutdown"]
-    finally:
-        worker.close()
 
 
 # -- the ETag rule, against the upstream
@@ -536,8 +514,7 @@ def test_an_unattached_leader_whose_etag_is_doubtful_makes_way(worker: Workers, 
     """If the upstream lacks what the client last received, a fetch without a publish ends the lead."""
     upstream = Upstream(fetch=True)
     leader, other = worker(upstream), worker(upstream)
-    leader.should_fetch_flag_definitions()
-    leader.on_flag_definitions_received(made_of("a"))
+    publish(leader, "a")
     other.should_fetch_flag_definitions()
     upstream.content = content
     worker.machine.pass_time(INTERVAL_S)
@@ -552,8 +529,7 @@ def test_a_leader_whose_etag_stands_for_what_is_upstream_stays(worker: Workers) 
     """If the upstream has what the client last received, a 304 is what is to be expected."""
     upstream = Upstream(fetch=True)
     leader, other = worker(upstream), worker(upstream)
-    leader.should_fetch_flag_definitions()
-    leader.on_flag_definitions_received(made_of("a"))
+    publish(leader, "a")
     upstream.content = made_of("a")
     for _ in range(3):
         other.should_fetch_flag_definitions()
@@ -565,8 +541,7 @@ def test_what_comes_from_upstream_owes_no_publish(worker: Workers) -> None:
     """A leader whose ETag is outdated by what it copied stays leader, as it does not use its ETag."""
     upstream = Upstream(fetch=True)
     leader, other = worker(upstream), worker(upstream)
-    leader.should_fetch_flag_definitions()
-    leader.on_flag_definitions_received(made_of("a"))
+    publish(leader, "a")
     upstream.fetch = False
     for content in (made_of("b"), made_of("b"), None, made_of("c"), made_of("c")):
         upstream.content = content
@@ -581,8 +556,7 @@ def test_an_upstream_that_cannot_be_read_raises_no_doubt(worker: Workers) -> Non
     """While the upstream is out of order, the leader keeps its ETag, and its lead."""
     upstream = Upstream(fetch=True)
     leader, other = worker(upstream), worker(upstream)
-    leader.should_fetch_flag_definitions()
-    leader.on_flag_definitions_received(made_of("a"))
+    publish(leader, "a")
     upstream.content = OSError("gone")
     for _ in range(3):
         other.should_fetch_flag_definitions()

@@ -22,7 +22,7 @@ from tests.faults.harness import (
 )
 from tests.faults.scene import RealLiveness, Scene
 from tests.manual_host import ManualHost
-from tests.support import require_program, require_root
+from tests.support import EMPTY, require_program, require_root
 
 SECOND_NS = 1_000_000_000
 DAY_NS = 24 * 3600 * SECOND_NS
@@ -151,9 +151,6 @@ def test_a_page_of_another_boot(directory: Path, ear: Ear) -> None:
     after.settle()
     assert after.api.full == 1
     assert page_words(directory)[1] != incarnation
-
-
-EMPTY: dict[str, object] = {"flags": [], "group_type_mapping": {}, "cohorts": {}}
 
 
 def test_a_page_without_a_boot_id(directory: Path, ear: Ear) -> None:
