@@ -264,16 +264,22 @@ def test_an_empty_list_is_no_reason_to_fetch(
     assert server.count == 1
 
 
+def attached(make_client: MakeClient, *caches: SharedMemoryFlagCache) -> list[Posthog]:
+    """A client of each cache, attached to it and loaded, one after the other."""
+    clients = [make_client(cache) for cache in caches]
+    for cache, client in zip(caches, clients, strict=True):
+        cache.attach(client, watch=False)
+        client._load_feature_flags()
+    return clients
+
+
 @pytest.mark.parametrize("status", [401, 402])
 def test_a_client_whose_flags_were_cleared_gets_them_back(
     server: DefinitionsServer, group: Group, make_client: MakeClient, status: int
 ) -> None:
     """A 401 or 402 empties the leader's client; its next poll hands it the snapshot, without a request."""
     leader, follower = group.cache(), group.cache()
-    clients = [make_client(leader), make_client(follower)]
-    for cache, client in zip((leader, follower), clients, strict=True):
-        cache.attach(client, watch=False)
-        client._load_feature_flags()
+    clients = attached(make_client, leader, follower)
     assert leader.get_flag_definitions() is None
     server.fail(status)
     group.machine.pass_time(INTERVAL_S / 2)
@@ -362,10 +368,7 @@ def test_a_grant_in_between_changes_nothing_that_did_not_change(
 ) -> None:
     """A fetch that is answered with 304 leaves list and "unchanged" as they were; a 200 replaces both."""
     leader, follower = group.cache(), group.cache()
-    clients = [make_client(leader), make_client(follower)]
-    for cache, client in zip((leader, follower), clients, strict=True):
-        cache.attach(client, watch=False)
-        client._load_feature_flags()
+    clients = attached(make_client, leader, follower)
     lists = [client.feature_flags for client in clients]
     group.machine.pass_time(INTERVAL_S / 2)
     for client in clients:

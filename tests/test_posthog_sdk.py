@@ -179,17 +179,22 @@ def test_a_killed_leader_is_replaced_at_the_next_poll(
         wait_until(lambda: other.call("poll") == ["one"] and server.count >= 2, "the other fetches")
 
 
+def stop_in_a_fetch(leader: Worker, other: Worker, server: DefinitionsServer) -> None:
+    """Stop a leader that was told to fetch; the other one deposes it, and publishes D1."""
+    leader.call("poll")
+    wait_until(lambda: leader.call("should_fetch"), "a fetch is due")
+    leader.stop()
+    server.set_definitions(D1)
+    wait_until(lambda: other.call("poll") == ["one"] and server.count >= 2, "the other leads")
+
+
 def test_a_stopped_leader_is_deposed_and_what_it_fetched_is_dropped(
     server: DefinitionsServer, directory: Path
 ) -> None:
     """A leader stopped during its fetch loses the lease when it ends, and its late answer is dropped."""
     with workers(2) as (leader, other):
         set_up([leader, other], server, directory, poll_interval=0.3, lease_ttl=0.6)
-        leader.call("poll")
-        wait_until(lambda: leader.call("should_fetch"), "a fetch is due")
-        leader.stop()
-        server.set_definitions(D1)
-        wait_until(lambda: other.call("poll") == ["one"] and server.count >= 2, "the other leads")
+        stop_in_a_fetch(leader, other, server)
         leader.resume()
         leader.call("receive", D0)
         assert any("dropped" in line for line in leader.call("logged"))
@@ -202,11 +207,7 @@ def test_a_leader_elected_again_may_not_publish_its_old_fetch(
     """Holding the lease is no argument: what was fetched before somebody else published is dropped."""
     with workers(2) as (first, other):
         set_up([first, other], server, directory, poll_interval=0.3, lease_ttl=0.6)
-        first.call("poll")
-        wait_until(lambda: first.call("should_fetch"), "a fetch is due")
-        first.stop()
-        server.set_definitions(D1)
-        wait_until(lambda: other.call("poll") == ["one"] and server.count >= 2, "the other leads")
+        stop_in_a_fetch(first, other, server)
         other.kill()
         first.resume()
         # In a thread of its own: the main one still has the old fetch in its hands.
