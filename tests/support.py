@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from shmflags.contract import Definitions, FlagDefinitionCacheProvider
+from shmflags.processes import Host, Identity
 from tests import worker_main
 
 WAIT_S = 60.0
@@ -77,7 +78,7 @@ class Worker:
     def stop(self) -> None:
         """SIGSTOP, and wait until it has stopped."""
         self.signal(signal.SIGSTOP)
-        wait_until(lambda: _state(self.pid) == "T", "the process stops")
+        wait_until(lambda: state_of(self.pid) == "T", "the process stops")
 
     def resume(self) -> None:
         self.signal(signal.SIGCONT)
@@ -87,10 +88,20 @@ class Worker:
         self._connection.close()
 
 
-def _state(pid: int) -> str:
+def state_of(pid: int) -> str:
+    """What the kernel has a process do, in its letter: "R" runs, "S" sleeps, "T" is stopped, …"""
+    return _stat_of(pid)[0]
+
+
+def identity_of(pid: int, host: Host) -> Identity:
+    """Who a process on this host is, by what the kernel says and not by what the package finds."""
+    return host.identity()._replace(pid=pid, start_ticks=int(_stat_of(pid)[19]))
+
+
+def _stat_of(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat that follow the name, which may have anything in it."""
     with open(f"/proc/{pid}/stat", "rb") as file:
-        line = file.read()
-    return line[line.rindex(b")") + 2 :][:1].decode()
+        return file.read().rpartition(b")")[2].decode().split()
 
 
 @contextmanager
@@ -169,12 +180,14 @@ __all__ = [
     "Connection",
     "Worker",
     "call_all",
+    "identity_of",
     "made_of",
     "poll_in_turn",
     "publish",
     "require_program",
     "require_root",
     "served",
+    "state_of",
     "wait_until",
     "workers",
 ]

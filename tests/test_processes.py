@@ -10,18 +10,12 @@ import sys
 import pytest
 
 from shmflags.processes import NOBODY, Host, Identity, command_line
-from tests.support import wait_until
+from tests.support import identity_of, wait_until
 
 
 @pytest.fixture
 def host() -> Host:
     return Host()
-
-
-def identity_of(pid: int, host: Host) -> Identity:
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-    return host.identity()._replace(pid=pid, start_ticks=int(fields[19]))
 
 
 def test_we_are_not_dead(host: Host) -> None:

@@ -7,14 +7,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from shmflags import vigil
 from shmflags.processes import Host, Identity
 from shmflags.vigil import Vigil
-from tests.support import WAIT_S, wait_until
+from tests.support import WAIT_S, identity_of, wait_until
 
 
 class CountingHost(Host):
@@ -42,16 +41,11 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def identity_of(process: subprocess.Popen[bytes], host: Host) -> Identity:
-    fields = Path(f"/proc/{process.pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return host.identity()._replace(pid=process.pid, start_ticks=int(fields[19]))
-
-
 def test_a_living_process_is_looked_at_closely_once(
     host: CountingHost, child: subprocess.Popen[bytes]
 ) -> None:
     """After the first time the answer for a process that runs on needs no closer look."""
-    who = identity_of(child, host)
+    who = identity_of(child.pid, host)
     assert [host.has_ended(who) for _ in range(5)] == [False] * 5
     assert host.closer_looks == 1
 
@@ -60,7 +54,7 @@ def test_its_end_is_seen_before_and_after_it_is_reaped(
     host: CountingHost, child: subprocess.Popen[bytes]
 ) -> None:
     """A killed process has ended as a zombie, and has ended when it is gone."""
-    who = identity_of(child, host)
+    who = identity_of(child.pid, host)
     assert host.has_ended(who) is False
     child.kill()
     wait_until(lambda: host.has_ended(who), "the killed child is a zombie")
@@ -70,7 +64,7 @@ def test_its_end_is_seen_before_and_after_it_is_reaped(
 
 def test_a_recycled_pid_is_not_watched(host: CountingHost, child: subprocess.Popen[bytes]) -> None:
     """Another start time is another process, which has ended, whoever has its pid now."""
-    who = identity_of(child, host)
+    who = identity_of(child.pid, host)
     assert host.has_ended(who) is False
     assert host.has_ended(who._replace(start_ticks=who.start_ticks - 1)) is True
     assert host.has_ended(who) is False
@@ -78,7 +72,7 @@ def test_a_recycled_pid_is_not_watched(host: CountingHost, child: subprocess.Pop
 
 def test_who_cannot_be_known_is_not_watched(host: CountingHost, child: subprocess.Popen[bytes]) -> None:
     """A process of another namespace, or of unknown start, has not provably ended, dead or alive."""
-    who = identity_of(child, host)
+    who = identity_of(child.pid, host)
     for doubtful in (who._replace(start_ticks=0), who._replace(pid_namespace=1)):
         before = host.closer_looks
         assert [host.has_ended(doubtful) for _ in range(3)] == [False] * 3
@@ -89,7 +83,7 @@ def test_a_descriptor_that_was_closed_and_used_again(
     host: CountingHost, child: subprocess.Popen[bytes]
 ) -> None:
     """A daemon closes all descriptors: the number comes to mean another file, which is left alone."""
-    who = identity_of(child, host)
+    who = identity_of(child.pid, host)
     assert host.has_ended(who) is False
     watched = host._watched
     assert watched is not None
@@ -114,7 +108,7 @@ def test_a_vigil_leaves_no_descriptor_behind(child: subprocess.Popen[bytes]) -> 
     """The descriptor is closed with the host that held it."""
     before = set(os.listdir("/proc/self/fd"))
     host = CountingHost()
-    assert host.has_ended(identity_of(child, host)) is False
+    assert host.has_ended(identity_of(child.pid, host)) is False
     assert len(set(os.listdir("/proc/self/fd")) - before) == 1
     del host
     assert set(os.listdir("/proc/self/fd")) <= before
@@ -122,7 +116,7 @@ def test_a_vigil_leaves_no_descriptor_behind(child: subprocess.Popen[bytes]) -> 
 
 def test_many_threads_may_look_at_once(host: CountingHost, child: subprocess.Popen[bytes]) -> None:
     """Poller, watcher and requests look at the same time, and none of them fails."""
-    who = identity_of(child, host)
+    who = identity_of(child.pid, host)
     answers: list[bool] = []
     start = threading.Barrier(8)
 
@@ -149,7 +143,7 @@ def test_without_pidfd_each_look_is_a_close_one(
         monkeypatch.delattr(os, "pidfd_open")
     with pytest.raises((OSError, AttributeError)):
         Vigil(child.pid)
-    who = identity_of(child, host)
+    who = identity_of(child.pid, host)
     assert [host.has_ended(who) for _ in range(3)] == [False] * 3
     assert host.closer_looks == 3
     child.kill()

@@ -26,6 +26,7 @@ from tests.faults.harness import (
     temporary_files,
 )
 from tests.faults.storm_worker import FETCHED, INTERVAL_S, LEASE_S, SEEN, Note, read_notes
+from tests.support import state_of
 
 WORKERS = 8
 MOST_STOPPED = 3
@@ -171,7 +172,7 @@ class Storm:
 
     def _stop(self, target: Contender) -> None:
         target.signal(signal.SIGSTOP)
-        while _state(target.pid) not in "TtZ":
+        while state_of(target.pid) not in "TtZ":
             time.sleep(0)
         target.stopped_ns = time.monotonic_ns()
         target.holds_lock = _holds_lock(target.pid, runtime_dir(self.base).page_path)
@@ -202,12 +203,6 @@ class Storm:
 
     def notes(self) -> dict[int, list[Note]]:
         return {n: read_notes(self.records / f"{n}") for n in range(1, self.started + 1)}
-
-
-def _state(pid: int) -> str:
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        line = file.read()
-    return line[line.rindex(b")") + 2 :][:1].decode()
 
 
 def _holds_lock(pid: int, path: Path) -> bool:
