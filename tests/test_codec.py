@@ -170,12 +170,8 @@ def test_what_has_known_bytes_is_refused_all_the_same(other: Any) -> None:
 def test_what_encode_would_not_have_written_is_damage(item: bytes) -> None:
     """Bytes, extension types, wrong shapes and bombs are refused, even under a right digest."""
     good, _ = codec.encode({"flags": [{}], "group_type_mapping": {}, "cohorts": {}})
-    items = [good.items[0], item]
-    index = b"".join(codec.ENTRY.pack(len(part), codec.digest_of(part)) for part in items)
     with pytest.raises(DamagedSnapshotError):
-        codec.decode(
-            memoryview(index), memoryview(body_of(items)), 1, 0, codec.content_digest(index, 1, 0)
-        )
+        decoded([good.items[0], item], 1, 0)
 
 
 def test_only_what_changed_is_decoded_again() -> None:
