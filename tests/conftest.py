@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shmflags.demo.server import DefinitionsServer, definitions, flag
+from shmflags.runtime_dir import RuntimeDir, locate
 from tests.servers.running import Site
 
 IN_CI = 3000
@@ -58,6 +59,14 @@ def directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="shmflags-test-", dir=base) as path:
         os.chmod(path, 0o700)
         yield Path(path)
+
+
+@pytest.fixture
+def home(directory: Path) -> RuntimeDir:
+    """Where a worker has its files, made ready; nothing lies there yet."""
+    found = locate(directory, "test", os.geteuid())
+    found.prepare(lambda _: None)
+    return found
 
 
 @pytest.fixture

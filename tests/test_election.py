@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +22,7 @@ from shmflags.election import (
 from shmflags.page import Fence, Grant, Lease
 from shmflags.processes import NOBODY, Identity
 from shmflags.publication import is_successor
-from shmflags.runtime_dir import RuntimeDir, locate
+from shmflags.runtime_dir import RuntimeDir
 from shmflags.snapshot import NOTHING, Header, Position
 from tests.manual_host import Machine, ManualHost
 from tests.support import WAIT_S
@@ -184,9 +182,7 @@ class Rivals:
 
 
 @pytest.fixture
-def rivals(directory: Path) -> Rivals:
-    home = locate(directory, "test", os.geteuid())
-    home.prepare(lambda _: None)
+def rivals(home: RuntimeDir) -> Rivals:
     return Rivals(home)
 
 

@@ -17,20 +17,13 @@ from shmflags.errors import LockTimeoutError, PageReplacedError, ShmFlagsError, 
 from shmflags.file_lock import Inode
 from shmflags.page import COUNTERS, PAGE_BYTES, ControlPage, Fence, Grant, Lease
 from shmflags.processes import NOBODY, Host, Identity
-from shmflags.runtime_dir import RuntimeDir, locate
+from shmflags.runtime_dir import RuntimeDir
 from shmflags.snapshot import DEFAULT_MAX_BYTES, NOTHING, Draft, Header, Position
 from tests.manual_host import Machine, ManualHost
 from tests.support import WAIT_S
 
 TOP = 2**64 - 1
 HOLDER = Identity(10, 20, 30)
-
-
-@pytest.fixture
-def home(directory: Path) -> RuntimeDir:
-    found = locate(directory, "test", os.geteuid())
-    found.prepare(lambda _: None)
-    return found
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from shmflags import codec, snapshot
 from shmflags.errors import DamagedSnapshotError, UnsafePathError
-from shmflags.runtime_dir import RuntimeDir, locate
+from shmflags.runtime_dir import RuntimeDir
 from shmflags.snapshot import HEADER_BYTES, Draft, Position, Signature
 
 MAX_BYTES = 1 << 20
@@ -22,13 +22,6 @@ DATA: dict[str, Any] = {
     "group_type_mapping": {"0": "g"},
     "cohorts": {"1": {"type": "AND"}},
 }
-
-
-@pytest.fixture
-def home(directory: Path) -> RuntimeDir:
-    found = locate(directory, "test", os.geteuid())
-    found.prepare(lambda _: None)
-    return found
 
 
 def write(home: RuntimeDir, data: dict[str, Any] = DATA, generation: int = 7) -> snapshot.Header:
