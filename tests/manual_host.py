@@ -1,12 +1,16 @@
-"""A host whose clock stands still until a test moves it, for several providers in one process."""
+"""A host whose clock stands still until a test moves it, and several providers on it in one process."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from shmflags import SharedMemoryFlagCache
 from shmflags.processes import Host, Identity
 
 SECOND_NS = 1_000_000_000
+INTERVAL_S = 30.0
 
 
 @dataclass
@@ -50,3 +54,23 @@ class ManualHost(Host):
 
     def is_provably_dead(self, other: Identity) -> bool:
         return other.pid in self.machine.dead
+
+
+class Group:
+    """Caches of one service key on one machine, each in a simulated process of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.machine = Machine()
+        self._pid = 100
+
+    def worker(self, **arguments: Any) -> SharedMemoryFlagCache:
+        """Start another process; its cache polls every `INTERVAL_S`, if nothing else is said."""
+        arguments.setdefault("poll_interval", INTERVAL_S)
+        cache = SharedMemoryFlagCache("test", directory=self.directory, **arguments)
+        cache._host = self.next_host()
+        return cache
+
+    def next_host(self) -> ManualHost:
+        self._pid += 1
+        return ManualHost(self.machine, self._pid)

@@ -22,12 +22,12 @@ from posthog import Posthog
 
 from shmflags import SharedMemoryFlagCache, codec, snapshot
 from shmflags.demo.server import DefinitionsServer, definitions, flag
-from tests.manual_host import Machine, ManualHost
+from tests import manual_host
+from tests.manual_host import INTERVAL_S
 from tests.support import WAIT_S, wait_until
 from tests.test_codec import any_text, from_bytes, json_values, same
 from tests.test_codec import definitions as any_definitions
 
-INTERVAL_S = 30.0
 EDITS = (
     "change", "retype", "insert", "delete", "duplicate", "shuffle", "rename", "turn",
     "cohort", "no cohort", "rename cohort", "shuffle cohorts", "cohort as flag",
@@ -135,17 +135,17 @@ def test_get_is_what_was_published_last(
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
         os.chmod(path, 0o700)
         group = Group(Path(path))
-        leader, follower, lazy = group.cache(), group.cache(), group.cache()
+        leader, follower, lazy = group.worker(), group.worker(), group.worker()
         data = first
         for change, lazy_reads, leader_changes in [((EDITS[-1], 0, "", 0), True, False), *rounds]:
             data = edited(data, change)
             group.machine.pass_time(INTERVAL_S)
             if leader_changes:
                 leader.shutdown()
-                leader, follower = follower, group.cache()
+                leader, follower = follower, group.worker()
             assert leader.should_fetch_flag_definitions() is True
             leader.on_flag_definitions_received(copy.deepcopy(data))
-            for cache in [leader, follower, group.cache(), *([lazy] if lazy_reads else [])]:
+            for cache in [leader, follower, group.worker(), *([lazy] if lazy_reads else [])]:
                 assert cache.should_fetch_flag_definitions() is False
                 assert same(cache.get_flag_definitions(), data)
 
@@ -153,7 +153,7 @@ def test_get_is_what_was_published_last(
 def test_one_changed_flag_is_one_new_object(directory: Path) -> None:
     """Of a thousand flags one changes: the reader makes that one anew, and keeps all other objects."""
     group = Group(directory)
-    leader, follower = group.cache(), group.cache()
+    leader, follower = group.worker(), group.worker()
     keys = [f"flag {number}" for number in range(1000)]
     group.publish(leader, definitions(*(flag(key) for key in keys), cohorts={"1": {"type": "OR"}}))
     before = follower.get_flag_definitions()
@@ -174,7 +174,7 @@ def test_one_changed_flag_is_one_new_object(directory: Path) -> None:
 def test_no_collection_interrupts_a_first_read(directory: Path) -> None:
     """While thousands of objects are made the cyclic collector stands still; it looks at them once, after."""
     group = Group(directory)
-    leader, follower = group.cache(), group.cache()
+    leader, follower = group.worker(), group.worker()
     group.publish(leader, definitions(*(flag(f"flag {number}") for number in range(2000))))
     collections: list[str] = []
 
@@ -197,19 +197,8 @@ def test_no_collection_interrupts_a_first_read(directory: Path) -> None:
 # -- the traps of "nothing changed"
 
 
-class Group:
-    """Caches of one service key on one machine whose clock stands still."""
-
-    def __init__(self, directory: Path) -> None:
-        self.machine = Machine()
-        self._directory = directory
-        self._pid = 100
-
-    def cache(self) -> SharedMemoryFlagCache:
-        self._pid += 1
-        cache = SharedMemoryFlagCache("test", directory=self._directory, poll_interval=INTERVAL_S)
-        cache._host = ManualHost(self.machine, self._pid)
-        return cache
+class Group(manual_host.Group):
+    """Workers of one service key on one machine, each publish half an interval after the last."""
 
     def publish(self, cache: SharedMemoryFlagCache, data: dict[str, Any]) -> None:
         self.machine.pass_time(INTERVAL_S / 2)
@@ -252,7 +241,7 @@ def test_an_empty_list_is_no_reason_to_fetch(
 ) -> None:
     """A project without flags: attached clients are handed the empty list at each poll, and never fetch."""
     server.set_definitions(definitions())
-    for cache in (group.cache(), group.cache()):
+    for cache in (group.worker(), group.worker()):
         client = make_client(cache)
         cache.attach(client, watch=False)
         for _ in range(3):
@@ -278,7 +267,7 @@ def test_a_client_whose_flags_were_cleared_gets_them_back(
     server: DefinitionsServer, group: Group, make_client: MakeClient, status: int
 ) -> None:
     """A 401 or 402 empties the leader's client; its next poll hands it the snapshot, without a request."""
-    leader, follower = group.cache(), group.cache()
+    leader, follower = group.worker(), group.worker()
     clients = attached(make_client, leader, follower)
     assert leader.get_flag_definitions() is None
     server.fail(status)
@@ -296,7 +285,7 @@ def test_one_live_client_per_cache(
     server: DefinitionsServer, group: Group, make_client: MakeClient
 ) -> None:
     """A second live client is refused; when the first is gone, the next is handed the flags, not None."""
-    cache = group.cache()
+    cache = group.worker()
     first = Posthog("phc_test", host=server.url, secret_key="phx_test", flag_definition_cache_provider=cache,
                     sync_mode=True)  # fmt: skip
     cache.attach(first, watch=False)
@@ -318,7 +307,7 @@ def test_two_caches_in_one_process_serve_their_own_clients(
     server: DefinitionsServer, group: Group, make_client: MakeClient
 ) -> None:
     """Each client evaluates from the list that its own cache handed out, and each is told "unchanged"."""
-    caches = [group.cache(), group.cache()]
+    caches = [group.worker(), group.worker()]
     clients = [make_client(cache) for cache in caches]
     for _ in range(2):
         for cache, client in zip(caches, clients, strict=True):
@@ -332,7 +321,7 @@ def test_two_caches_in_one_process_serve_their_own_clients(
 
 def test_eight_threads_share_one_first_load(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight threads that read at once get one set of objects, decoded once."""
-    leader, follower = group.cache(), group.cache()
+    leader, follower = group.worker(), group.worker()
     group.publish(leader, definitions(*(flag(f"flag {number}") for number in range(200))))
     all_ready = threading.Barrier(8)
     about_to_read: list[int] = []
@@ -367,7 +356,7 @@ def test_a_grant_in_between_changes_nothing_that_did_not_change(
     server: DefinitionsServer, group: Group, make_client: MakeClient
 ) -> None:
     """A fetch that is answered with 304 leaves list and "unchanged" as they were; a 200 replaces both."""
-    leader, follower = group.cache(), group.cache()
+    leader, follower = group.worker(), group.worker()
     clients = attached(make_client, leader, follower)
     lists = [client.feature_flags for client in clients]
     group.machine.pass_time(INTERVAL_S / 2)

@@ -19,26 +19,13 @@ import pytest
 
 from shmflags import SharedMemoryFlagCache, validate_provider, watcher
 from shmflags.attachment import Attachment
-from tests.manual_host import Machine, ManualHost
+from tests import manual_host
+from tests.manual_host import INTERVAL_S, ManualHost
 from tests.support import EMPTY, made_of, publish, served, wait_until
 
-INTERVAL_S = 30.0
 
-
-class Group:
-    """Workers of one service key on one machine; `group.worker()` starts another one."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.machine = Machine()
-        self._pid = 100
-
-    def worker(self, **arguments: Any) -> SharedMemoryFlagCache:
-        self._pid += 1
-        arguments.setdefault("poll_interval", INTERVAL_S)
-        cache = SharedMemoryFlagCache("test", directory=self.directory, **arguments)
-        cache._host = ManualHost(self.machine, self._pid)
-        return cache
+class Group(manual_host.Group):
+    """Workers of one service key on one machine, which die and fork."""
 
     def kill(self, cache: SharedMemoryFlagCache) -> None:
         host = cache._host
@@ -47,12 +34,11 @@ class Group:
 
     def fork(self, parent: SharedMemoryFlagCache) -> SharedMemoryFlagCache:
         """A child as `fork` leaves it: the parent's objects, and another pid."""
-        self._pid += 1
         child = SharedMemoryFlagCache("test", directory=self.directory, poll_interval=INTERVAL_S)
         child.__dict__.update(parent.__dict__)
         child._holding = type(parent._holding)()
         child._holding.__dict__.update(parent._holding.__dict__)
-        child._host = ManualHost(self.machine, self._pid)
+        child._host = self.next_host()
         return child
 
 

@@ -16,10 +16,8 @@ from shmflags import SharedMemoryFlagCache, codec
 from shmflags.demo.server import DefinitionsServer, definitions, flag
 from shmflags.upstream import PATIENCE_S
 from tests.cluster_worker import Worker
-from tests.manual_host import Machine, ManualHost
+from tests.manual_host import INTERVAL_S, Group, Machine, ManualHost
 from tests.support import WAIT_S, made_of, publish, served, wait_until, workers
-
-INTERVAL_S = 30.0
 
 
 class Upstream:
@@ -50,21 +48,15 @@ class Upstream:
         self.shutdowns += 1
 
 
-class Workers:
-    """Caches of one service key on one simulated machine, each in a simulated process."""
+class Workers(Group):
+    """Workers of one service key on one machine, with an upstream; all are shut down at the end."""
 
     def __init__(self, directory: Path) -> None:
-        self.machine = Machine()
-        self._directory = directory
-        self._pid = 100
+        super().__init__(directory)
         self._made: list[SharedMemoryFlagCache] = []
 
     def __call__(self, upstream: Any, **arguments: Any) -> SharedMemoryFlagCache:
-        self._pid += 1
-        cache = SharedMemoryFlagCache(
-            "test", directory=self._directory, poll_interval=INTERVAL_S, upstream=upstream, **arguments
-        )
-        cache._host = ManualHost(self.machine, self._pid)
+        cache = self.worker(upstream=upstream, **arguments)
         self._made.append(cache)
         return cache
 

@@ -18,10 +18,9 @@ from shmflags.processes import Host, Identity
 from shmflags.runtime_dir import locate
 from shmflags.snapshot import NOTHING, Position
 from shmflags.worker_table import SLOTS, TABLE_WORDS, WorkerTable
-from tests.manual_host import Machine, ManualHost
+from tests.manual_host import SECOND_NS, Machine, ManualHost
 from tests.support import call_all, poll_in_turn, wait_until, workers
 
-SECOND_NS = 1_000_000_000
 INTERVAL_NS = 30 * SECOND_NS
 
 

@@ -21,10 +21,9 @@ from tests.faults.harness import (
     stamp_on_disk,
 )
 from tests.faults.scene import RealLiveness, Scene
-from tests.manual_host import ManualHost
+from tests.manual_host import SECOND_NS, ManualHost
 from tests.support import EMPTY, require_program, require_root
 
-SECOND_NS = 1_000_000_000
 DAY_NS = 24 * 3600 * SECOND_NS
 TERM, TOKEN, HOLDER, LENGTH, DEADLINE, ELECTED, GRANT = 16, 17, 18, 21, 22, 23, 28
 
