@@ -34,7 +34,7 @@ from shmflags.errors import DamagedSnapshotError, InvalidDefinitionsError
 from shmflags.journal import Journal
 from shmflags.redis_server import GROUP_LENGTH, OWN_LENGTH, Answer, Publish, RedisServer, Timing
 from shmflags.snapshot import DEFAULT_MAX_BYTES
-from shmflags.upstream import NOTHING, Exchange
+from shmflags.upstream import NO_DIGEST, Exchange
 
 _LOOK_AGAIN_S = 0.05
 _UNKNOWN_DIGEST = b"not to be compared"
@@ -211,7 +211,7 @@ class RedisFlagCache:
             if answer.granted:
                 return Exchange(True, digest=digest)
         if not digest:
-            return Exchange(False, digest=NOTHING)
+            return Exchange(False, digest=NO_DIGEST)
         if known is not None and known.digest == digest:
             process.loaded = None
             return Exchange(False, known.definitions, digest)
@@ -346,7 +346,7 @@ class RedisFlagCache:
             digest = process.server.digest()
             if digest:
                 return digest
-        return NOTHING
+        return NO_DIGEST
 
     def _load(self, process: _Process, digest: bytes, known: codec.Decoded | None) -> codec.Decoded:
         """Raises `RedisUnavailableError`, `DamagedSnapshotError` or `InvalidDefinitionsError`."""

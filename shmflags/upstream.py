@@ -42,14 +42,14 @@ from shmflags.settings import Settings
 PATIENCE_S = 2.0
 """Seconds for which a poll waits for an answer of the upstream, at most."""
 _LOOK_AGAIN_S = 0.1
-NOTHING = b""
+NO_DIGEST = b""
 _TROUBLE = "the upstream failed, so this host asks the API"
 
 
 class Exchange(NamedTuple):
     """What an upstream answered.
 
-    `digest` is the content digest of what it has, `NOTHING` if it has nothing, None if that is not
+    `digest` is the content digest of what it has, `NO_DIGEST` if it has nothing, None if that is not
     known; then it is taken from `definitions`, if there are any.
     """
 
@@ -204,7 +204,7 @@ class Upstream:
             try:
                 digest = self._examine(exchange.definitions, known).decoded.digest
             except InvalidDefinitionsError:
-                digest = NOTHING  # Nothing of use, and to be replaced.
+                digest = NO_DIGEST  # Nothing of use, and to be replaced.
         if digest in (None, received):
             return
         attachment = self._holding.attachment
@@ -240,4 +240,4 @@ def _exchange(helper: HelperThread, provider: Any, *, again: bool) -> Exchange:
         if not fetch:
             raise
         return Exchange(True)  # It is fetched anyway; only less is known.
-    return Exchange(bool(fetch), definitions, NOTHING if definitions is None else None)
+    return Exchange(bool(fetch), definitions, NO_DIGEST if definitions is None else None)
