@@ -328,13 +328,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         return settings.check(
             "any" if key is None else key,
             arguments.directory,
+            DEFAULT_MAX_BYTES,
             poll_interval=10.0,
             cold_start_timeout=0.0,
-            lease_ttl=None,
-            max_term=None,
-            role="auto",
-            upstream=None,
-            max_bytes=DEFAULT_MAX_BYTES,
         )
     except ValueError as error:
         arguments.usage_error(str(error))

@@ -88,7 +88,7 @@ class SharedMemoryFlagCache:
         max_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
         times = poll_interval, cold_start_timeout, lease_ttl, max_term
-        self._settings = settings.check(service_key, directory, *times, role, upstream, max_bytes)
+        self._settings = settings.check(service_key, directory, max_bytes, *times, role, upstream)
         self._host = Host()
         self._journal = Journal(service_key)
         self._member: Member | None = None

@@ -122,14 +122,12 @@ class RedisFlagCache:
             lease_ttl = max(2 * interval_s, 45.0)
         told = settings.check(
             service_key,
-            None,
-            poll_interval,
-            cold_start_timeout,
-            lease_ttl,
-            max_term,
-            "auto",
-            None,
-            max_bytes,
+            directory=None,
+            max_bytes=max_bytes,
+            poll_interval=poll_interval,
+            cold_start_timeout=cold_start_timeout,
+            lease_ttl=lease_ttl,
+            max_term=max_term,
         )
         self._timing = Timing(
             told.interval_ns // 1_000_000, told.lease_ns // 1_000_000, told.max_term_ns // 1_000_000

@@ -30,13 +30,13 @@ class Settings(NamedTuple):
 def check(
     service_key: object,
     directory: object,
+    max_bytes: object,
     poll_interval: object,
     cold_start_timeout: object,
-    lease_ttl: object,
-    max_term: object,
-    role: object,
-    upstream: object,
-    max_bytes: object,
+    lease_ttl: object = None,
+    max_term: object = None,
+    role: object = "auto",
+    upstream: object = None,
 ) -> Settings:
     """Raise `TypeError` or `ValueError` naming argument, value and what is allowed."""
     if sys.platform == "win32":

@@ -11,12 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shmflags import settings
 from shmflags.contract import Definitions, FlagDefinitionCacheProvider
+from shmflags.local_publish import LocalPublisher
 from shmflags.processes import Host, Identity
+from shmflags.snapshot import DEFAULT_MAX_BYTES
 from tests import worker_main
 
 WAIT_S = 60.0
@@ -155,6 +159,12 @@ def served(cache: FlagDefinitionCacheProvider) -> list[str]:
     return [flag["key"] for flag in cache.get_flag_definitions()["flags"]]
 
 
+def local_publisher(directory: Path, key: str = "test", *, force: bool = False) -> LocalPublisher:
+    """A publisher with the settings of `shmflags publish`."""
+    told = settings.check(key, directory, DEFAULT_MAX_BYTES, poll_interval=10.0, cold_start_timeout=0.0)
+    return LocalPublisher(told, force=force)
+
+
 def require_program(name: str) -> str:
     """The path of a program that a test drives; skips without it, fails where none may be missing."""
     # What was installed beside this Python comes first: an environment need not be activated.
@@ -181,6 +191,7 @@ __all__ = [
     "Worker",
     "call_all",
     "identity_of",
+    "local_publisher",
     "made_of",
     "poll_in_turn",
     "publish",

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from shmflags import SharedMemoryFlagCache, local_publish, settings
+from shmflags import SharedMemoryFlagCache, local_publish
 from shmflags.demo.server import DefinitionsServer, definitions, flag
-from shmflags.local_publish import LOOK_S, LocalPublisher, follow, look, read_definitions
-from tests.support import wait_until, workers
+from shmflags.local_publish import LOOK_S, follow, look, read_definitions
+from tests.support import local_publisher, wait_until, workers
 from tests.test_cli import (
     ONE,
     TWO,
@@ -315,8 +315,7 @@ class Script(list[Callable[[], object]]):
 
 def followed(directory: Path, file: Path, script: Script) -> tuple[list[int], list[str]]:
     """The numbers of flags that were published, and what was said, while `script` ran."""
-    told = settings.check("test", str(directory), 10.0, 0.0, None, None, "auto", None, 1 << 20)
-    publisher = LocalPublisher(told)
+    publisher = local_publisher(directory)
     published: list[int] = []
     said: list[str] = []
     seen = look(str(file))
@@ -380,8 +379,7 @@ def test_a_follower_restores_what_is_removed(directory: Path, file: Path) -> Non
 
 def test_a_follower_leads_again_on_a_new_page(directory: Path, file: Path) -> None:
     """If only the page is removed, it takes the lease of the new one at its next look."""
-    told = settings.check("test", str(directory), 10.0, 0.0, None, None, "auto", None, 1 << 20)
-    publisher = LocalPublisher(told)
+    publisher = local_publisher(directory)
     publisher.publish(read_definitions(str(file)))
     (page,) = directory.glob("shmflags-*/v1/*/page")
     page.unlink()
@@ -447,8 +445,7 @@ def test_following_is_no_busy_loop(directory: Path, file: Path) -> None:
 
 def test_its_lease_is_renewed_for_as_long_as_it_follows(directory: Path, file: Path) -> None:
     """A publisher that is called now and then keeps its lease beyond its length."""
-    told = settings.check("test", str(directory), 10.0, 0.0, None, None, "auto", None, 1 << 20)
-    publisher = LocalPublisher(told)
+    publisher = local_publisher(directory)
     host = ShiftedHost()
     publisher._host = publisher._member.host = publisher._member.election.host = host
     publisher.publish(read_definitions(str(file)))

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from shmflags import SharedMemoryFlagCache, Watcher, local_publish, publication, settings, watcher
+from shmflags import SharedMemoryFlagCache, Watcher, publication, watcher
 from shmflags.demo.server import DefinitionsServer, definitions, flag
 from tests.servers.answers import switched, values
 from tests.servers.running import RECIPES, Site
-from tests.support import call_all, wait_until, workers
+from tests.support import call_all, local_publisher, wait_until, workers
 
 TICK_S = 0.01
 NEVER_S = 3600.0
@@ -31,8 +31,7 @@ def cache_at(directory: Path, **arguments: Any) -> SharedMemoryFlagCache:
 
 def publish_from_file(directory: Path, data: dict[str, Any], key: str = "test") -> None:
     """As `shmflags publish --force` does."""
-    told = settings.check(key, str(directory), 10.0, 0.0, None, None, "auto", None, 1 << 26)
-    publisher = local_publish.LocalPublisher(told, force=True)
+    publisher = local_publisher(directory, key, force=True)
     publisher.publish(data)
     publisher.leave()
 
