@@ -452,6 +452,16 @@ def test_a_host_that_looks_again_is_no_candidate(cache: Caches, server_client: r
 # -- clients
 
 
+def assert_two_share(client: Any) -> None:
+    """Of two caches that have this client, one serves what the other publishes."""
+    first, second = (RedisFlagCache(client, KEY, poll_interval=3600.0) for _ in range(2))
+    publish(first, "a")
+    assert second.should_fetch_flag_definitions() is False
+    assert served(second) == ["a"]
+    first.shutdown()
+    second.shutdown()
+
+
 @pytest.mark.parametrize("kind", ["decoding", "url", "blocking pool", "single connection", "resp2"])
 def test_any_client_will_do(program: RedisProgram, cache: Caches, kind: str) -> None:
     """How the application's client decodes, pools and speaks does not matter; it is left alone."""
@@ -466,16 +476,10 @@ def test_any_client_will_do(program: RedisProgram, cache: Caches, kind: str) -> 
         "resp2": lambda: redis.Redis(port=port, protocol=2, socket_timeout=0.5),
     }
     with clients[kind]() as client:
-        first = RedisFlagCache(client, KEY, poll_interval=3600.0)
-        second = RedisFlagCache(client, KEY, poll_interval=3600.0)
         busy = client.pubsub()
         if kind == "blocking pool":
             busy.subscribe("something")  # That was the pool's only connection.
-        publish(first, "a")
-        assert second.should_fetch_flag_definitions() is False
-        assert served(second) == ["a"]
-        first.shutdown()
-        second.shutdown()
+        assert_two_share(client)
         busy.close()
         client.flushdb()
 
@@ -485,11 +489,7 @@ def test_a_unix_socket_and_a_password(tmp_path: Any) -> None:
     path = f"/tmp/shmflags-{os.getpid()}-{time.monotonic_ns()}.sock"
     with RedisProgram("--unixsocket", path, "--requirepass", "secret"):
         client = redis.Redis(unix_socket_path=path, password="secret")
-        first, second = RedisFlagCache(client, KEY), RedisFlagCache(client, KEY)
-        publish(first, "a")
-        assert served(second) == ["a"]
-        first.shutdown()
-        second.shutdown()
+        assert_two_share(client)
         client.close()
 
 
@@ -497,12 +497,7 @@ def test_valkeys_client_is_the_same(program: RedisProgram, cache: Caches) -> Non
     """A `valkey.Valkey` client works as a `redis.Redis` client does."""
     valkey = pytest.importorskip("valkey")
     client = valkey.Valkey(port=program.port, decode_responses=True)
-    first, second = RedisFlagCache(client, KEY), RedisFlagCache(client, KEY)
-    publish(first, "a")
-    assert second.should_fetch_flag_definitions() is False
-    assert served(second) == ["a"]
-    first.shutdown()
-    second.shutdown()
+    assert_two_share(client)
     client.close()
 
 
