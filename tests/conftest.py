@@ -53,6 +53,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "worksteal"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have each of several workers begin with one of the tests that are marked `long`."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    long = [item for item in items if item.get_closest_marker("long")]
+    share = len(items) // workers
+    items[:] = [item for item in items if item not in long]
+    for number, item in enumerate(long):
+        items.insert(number % workers * share + number // workers, item)
+
+
 @pytest.fixture
 def thorough(request: pytest.FixtureRequest) -> bool:
     """Whether to try each step and each bit, and not only some of them."""

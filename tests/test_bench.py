@@ -46,7 +46,12 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
             "shmflags",
             ["with a watcher, at rest", "from a publish to all of 16", "until one of 16"],
         ),
-        ("cluster", "shmflags,redis", ["2 hosts: full requests to the API until all have flags"]),
+        pytest.param(
+            "cluster",
+            "shmflags,redis",
+            ["2 hosts: full requests to the API until all have flags"],
+            marks=pytest.mark.long,
+        ),
         (
             "growth",
             "shmflags",
@@ -77,6 +82,7 @@ def test_each_question_is_answered(
     assert again.stdout == done.stdout
 
 
+@pytest.mark.long
 def test_each_rival_takes_part(tmp_path: Path) -> None:
     """The alternatives are real: each publishes, is read, and costs more than nothing."""
     require_program("redis-server")

@@ -140,6 +140,7 @@ def _ask(site: Site) -> dict[str, Any] | None:
     return answer
 
 
+@pytest.mark.long
 def test_flags_loaded_before_the_fork_are_shared() -> None:
     """5,000 flags add less than 4 MB to each worker of the recipe, and several times that without it.
 

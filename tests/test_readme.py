@@ -164,6 +164,7 @@ def test_every_recipe_is_shown() -> None:
     assert missing == []
 
 
+@pytest.mark.long
 def test_the_first_command_sets_up_and_runs_the_demo(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -204,6 +205,7 @@ SET_UP = [
 COVERAGE = [command for command in SET_UP if " -m coverage " in command]
 
 
+@pytest.mark.long
 def test_the_commands_that_measure_coverage(environment: dict[str, str], tmp_path: Path) -> None:
     """Run, combine and report work as they stand; here they measure one file of tests, far below what is asked for."""
     environment["COVERAGE_FILE"] = os.fspath(tmp_path / ".coverage")

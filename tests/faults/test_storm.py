@@ -262,6 +262,7 @@ def check_everybody_keeps_up(notes: dict[int, list[Note]], published: dict[int, 
     return total
 
 
+@pytest.mark.long
 @pytest.mark.timeout(0)  # As long as it is asked to be; each wait in it has a bound of its own.
 def test_storm(request: pytest.FixtureRequest, directory: Path, tmp_path: Path, ear: Ear) -> None:
     """Under random kills and stops nobody reads torn or older data, and grants keep coming."""
