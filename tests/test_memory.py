@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
+import pytest
 
 from bench.data import make
 from tests.servers.running import RECIPES, WORKERS, Running, Site
