@@ -40,7 +40,8 @@ def collector_paused() -> Iterator[None]:
     """Run the block without the cyclic collector, and restore it as it was found.
 
     Decoding makes a great many objects and no garbage; the collector would walk them all, again
-    and again (at 5,000 flags a third of the time, or much more where there are few other objects). Nested and concurrent blocks count.
+    and again: at 5,000 flags for a third of the time, or much more where there are few other objects.
+    Nested and concurrent blocks count.
     """
     global _pauses, _collector_was_on
     with _pause_lock:
