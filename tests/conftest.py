@@ -41,9 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: tests often wait for processes that they started, so that a core can do three at a time."""
+    """For `-n auto`: tests often wait for processes that they started, so that a core can do two at a time."""
     cores = len(os.sched_getaffinity(0))
-    return max(cores, min(3 * cores, 8))
+    return max(cores, min(2 * cores, 8))
 
 
 @pytest.hookimpl(tryfirst=True)

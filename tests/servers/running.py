@@ -21,7 +21,7 @@ from shmflags.demo.server import DefinitionsServer
 from tests.servers.answers import Answer, kept_answers, switched, values
 from tests.support import WAIT_S, wait_until
 
-INTERVAL_S = 1.5
+INTERVAL_S = 2.5
 """The workers' poll_interval. While nothing can be served, a fetch that takes half as long, on a machine
 that is busy, is followed by another."""
 
