@@ -64,6 +64,7 @@ _PLAIN_JSON_ONLY = {
     "unicode_errors": "surrogatepass",
 }
 _WALKED_FIRST = 16 * 1024
+_RUN = 64
 _CONTAINERS = {dict, list}
 _PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
 
@@ -136,11 +137,12 @@ def encode(data: object, known: Decoded | None = None, etag: str = "") -> tuple[
     # msgpack also takes bytes and keys that are no strings; what a reader would refuse is
     # refused here. Bytes seen before were examined when they were first seen.
     old = known.entries if known is not None else b""
-    head, tail = _common_ends(old, index)
-    seen = set(_digests(old[head : len(old) - tail]))
-    for number in range(head // ENTRY.size, len(items) - tail // ENTRY.size):
-        if digests[number] not in seen:
-            _require_plain(values[number], number, len(flags))
+    parts = _unequal_parts(old, index)
+    seen = {digest for start, old_stop, _ in parts for digest in _digests(old[start:old_stop])}
+    for start, _, stop in parts:
+        for number in range(start // ENTRY.size, stop // ENTRY.size):
+            if digests[number] not in seen:
+                _require_plain(values[number], number, len(flags))
     digest = content_digest(index, len(flags), len(cohorts))
     size = len(index) + BODY_HEAD_BYTES + sum(map(len, items))
     encoded = Encoded(len(flags), len(cohorts), index, items, digest, size, etag)
@@ -181,31 +183,34 @@ def decode(
 
 
 def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any]:
-    """The objects of all items: those of `known` where the digests are the same, else decoded.
-
-    Most changes leave both ends of the index as they were; only what lies between is walked through.
-    """
+    """The objects of all items: those of `known` where the digests are the same, else decoded."""
     old, old_values = (known.entries, known.values) if known is not None else (b"", [])
     if not old and (values := _first_values(entries, body)):
         settle(len(values))
         return values
-    head, tail = _common_ends(old, entries)
-    size = len(entries)
-    middle, old_middle = entries[head : size - tail], old[head : len(old) - tail]
-    first, after = head // ENTRY.size, len(old_values) - tail // ENTRY.size
-    seen = dict(zip(_digests(old_middle), old_values[first:after], strict=True))
-    values = old_values[:first]
-    offset = BODY_HEAD_BYTES + _total_length(entries[:head])
-    for length, digest in ENTRY.iter_unpack(middle):
-        value = seen.get(digest)
-        if value is None:
-            value = _unpack(body[offset : offset + length], length, digest)
-        values.append(value)
-        offset += length
-    if offset + _total_length(entries[size - tail :]) != len(body):
+    parts = _unequal_parts(old, entries)
+    seen: dict[bytes, Any] = {}
+    for start, old_stop, _ in parts:
+        there = old_values[start // ENTRY.size : old_stop // ENTRY.size]
+        seen.update(zip(_digests(old[start:old_stop]), there, strict=True))
+    values = []
+    offset, fresh = BODY_HEAD_BYTES, 0
+    old_place = place = 0
+    for start, old_stop, stop in parts:
+        values += old_values[old_place // ENTRY.size : start // ENTRY.size]
+        offset += _total_length(entries[place:start])
+        for length, digest in ENTRY.iter_unpack(entries[start:stop]):
+            value = seen.get(digest)
+            if value is None:
+                value = _unpack(body[offset : offset + length], length, digest)
+                fresh += 1
+            values.append(value)
+            offset += length
+        old_place, place = old_stop, stop
+    if offset + _total_length(entries[place:]) != len(body):
         raise DamagedSnapshotError("index and payload do not fit each other")
-    settle(len(values) - first)
-    return values + old_values[after:]
+    settle(fresh)
+    return values + old_values[old_place // ENTRY.size :]
 
 
 def _first_values(entries: bytes, body: memoryview) -> list[Any]:
@@ -230,6 +235,22 @@ def _check_body(entries: bytes | memoryview, body: memoryview) -> None:
     head = _CHECKSUM.pack(zlib.crc32(body[_CHECKSUM.size :])) + array_head
     if body[:BODY_HEAD_BYTES] != head:
         raise DamagedSnapshotError("the items do not match their checksum")
+
+
+def _unequal_parts(old: bytes, new: bytes) -> list[tuple[int, int, int]]:
+    """Where two indexes differ, so that only there each entry need be looked at.
+
+    Each with its start, its end in the old one and its end in the new one, in bytes and in order; all
+    else is the same in both. Most changes leave both ends as they were; if what lies between is of the
+    same size, it is compared run by run.
+    """
+    head, tail = _common_ends(old, new)
+    old_stop, stop = len(old) - tail, len(new) - tail
+    if old_stop != stop:
+        return [(head, old_stop, stop)]
+    run = _RUN * ENTRY.size
+    ends = [(start, min(start + run, stop)) for start in range(head, stop, run)]
+    return [(start, end, end) for start, end in ends if old[start:end] != new[start:end]]
 
 
 def _common_ends(old: bytes, new: bytes) -> tuple[int, int]:

@@ -274,16 +274,22 @@ def test_what_is_known_is_not_examined_again(monkeypatch: pytest.MonkeyPatch) ->
         assert examined == again, text
 
 
-def test_only_what_lies_between_common_ends_is_walked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many flags there are, those that both versions begin and end with are not even looked at."""
-    walked: list[int] = []
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many entries of the former index each look at some of them has taken."""
+    counts: list[int] = []
     digests = codec._digests
 
     def noted(entries: bytes) -> list[bytes]:
-        walked.append(len(entries) // codec.ENTRY.size)
+        counts.append(len(entries) // codec.ENTRY.size)
         return digests(entries)
 
     monkeypatch.setattr(codec, "_digests", noted)
+    return counts
+
+
+def test_only_what_lies_between_common_ends_is_walked(walked: list[int]) -> None:
+    """However many flags there are, those that both versions begin and end with are not even looked at."""
     for size in (0, 1, 2, 3, 7, 20):
         old = "abcdefghijklmnopqrst"[:size]
         before = through(letters(old))
@@ -296,6 +302,33 @@ def test_only_what_lies_between_common_ends_is_walked(monkeypatch: pytest.Monkey
             walked.clear()
             through(letters(new), before)
             assert sum(walked) == count, (old, new)
+
+
+@pytest.mark.parametrize(
+    ("size", "places", "most"),
+    [
+        (63, [0, 62], 63),
+        (64, [0, 63], 64),
+        (65, [0, 64], 65),
+        (66, [0, 1, 65], 66),
+        (300, [3, 290], 64 + 32),
+        (300, [5, 150, 299], 64 + 64 + 39),
+        (300, [0, 64, 65, 299], 64 + 64 + 44),
+    ],
+)
+def test_between_changes_far_apart_whole_runs_are_skipped(
+    walked: list[int], size: int, places: list[int], most: int
+) -> None:
+    """As long as there are as many items as before."""
+    old = "".join(map(chr, range(0x4E00, 0x4E00 + size)))
+    new = "".join("X" if number in places else letter for number, letter in enumerate(old))
+    before = through(letters(old))
+    walked.clear()
+    after = through(letters(new), before)
+    assert sum(walked) == most
+    kept = [number for number in range(size) if after.values[1 + number] is before.values[1 + number]]
+    assert kept == [number for number in range(size) if number not in places]
+    assert after.definitions == letters(new)
 
 
 @pytest.mark.parametrize(
