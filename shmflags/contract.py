@@ -2,12 +2,12 @@
 
 The protocol is `posthog.flag_definition_cache.FlagDefinitionCacheProvider`; it is written out
 here so that the package imports without posthog. `validate_provider` is the Ruby SDK's
-`validate!`.
+`validate!`. `Exchange` is what an upstream of ours answers that has more than the protocol's methods.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 PROVIDER_METHODS = (
     "get_flag_definitions",
@@ -42,3 +42,24 @@ def validate_provider(provider: object) -> None:
             f"{', '.join(name + '()' for name in missing)}; a provider has all of "
             f"{', '.join(name + '()' for name in PROVIDER_METHODS)}"
         )
+
+
+NO_DIGEST = b""
+"""In an `Exchange`: there is nothing that could have a digest."""
+
+
+class Exchange(NamedTuple):
+    """What an upstream answered, in one call (see upstream.py).
+
+    `digest` is the content digest of what it has, `NO_DIGEST` if it has nothing, None if that is not
+    known; then it is taken from `definitions`, if there are any.
+    """
+
+    fetch: bool
+    definitions: object | None = None
+    digest: bytes | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Told not to fetch, and there is nothing."""
+        return not self.fetch and self.definitions is None

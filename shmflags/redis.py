@@ -30,11 +30,11 @@ import time
 from typing import Any, NamedTuple
 
 from shmflags import codec, redis_server, settings
+from shmflags.contract import NO_DIGEST, Exchange
 from shmflags.errors import DamagedSnapshotError, InvalidDefinitionsError
 from shmflags.journal import Journal
 from shmflags.redis_server import GROUP_LENGTH, OWN_LENGTH, Answer, Publish, RedisServer, Timing
 from shmflags.snapshot import DEFAULT_MAX_BYTES
-from shmflags.upstream import NO_DIGEST, Exchange
 
 _LOOK_AGAIN_S = 0.05
 _UNKNOWN_DIGEST = b"not to be compared"

@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from shmflags import codec
+from shmflags.contract import NO_DIGEST, Exchange
 from shmflags.errors import InvalidDefinitionsError
 from shmflags.helper_thread import HelperThread
 from shmflags.holding import Holding
@@ -42,25 +43,7 @@ from shmflags.settings import Settings
 PATIENCE_S = 2.0
 """Seconds for which a poll waits for an answer of the upstream, at most."""
 _LOOK_AGAIN_S = 0.1
-NO_DIGEST = b""
 _TROUBLE = "the upstream failed, so this host asks the API"
-
-
-class Exchange(NamedTuple):
-    """What an upstream answered.
-
-    `digest` is the content digest of what it has, `NO_DIGEST` if it has nothing, None if that is not
-    known; then it is taken from `definitions`, if there are any.
-    """
-
-    fetch: bool
-    definitions: object | None = None
-    digest: bytes | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Told not to fetch, and there is nothing."""
-        return not self.fetch and self.definitions is None
 
 
 class _Found(NamedTuple):
