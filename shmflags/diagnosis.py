@@ -122,11 +122,11 @@ def _the_leader(view: View) -> Iterator[Finding]:
         vacant_ns, interval_ns = _vacant_for_ns(view), max(each.interval_ns for each in candidates)
         if vacant_ns > interval_ns * 5 // 2 + _LEEWAY_NS:
             yield _problem(
-                f"Nobody has led for {seconds(vacant_ns)}, though {count(len(candidates), 'worker')} "
+                f"Nobody has led for {duration(vacant_ns)}, though {count(len(candidates), 'worker')} "
                 "could: look in their logs for lines of shmflags, and restart them."
             )
         else:
-            yield _note(f"{former}. A worker follows at its next poll, within {seconds(interval_ns)}.")
+            yield _note(f"{former}. A worker follows at its next poll, within {duration(interval_ns)}.")
     elif view.lease.token:
         yield _problem(f"{former}, and no worker polls that could follow it: start workers.")
     elif view.has_only_readers() and view.serving:
@@ -155,11 +155,11 @@ def _what_is_served(view: View) -> Iterator[Finding]:
     attempts, since_ns = view.grant.attempts, max(0, view.now_ns - view.grant.at_ns)
     fetcher = f"process {view.grant.holder.pid}"
     if attempts == 1 and since_ns <= _FETCH_NS:
-        yield _note(f"The first fetch has been under way for {seconds(since_ns)}, by {fetcher}.")
+        yield _note(f"The first fetch has been under way for {duration(since_ns)}, by {fetcher}.")
     elif attempts:
         yield _problem(
             f"There is nothing to serve: {count(attempts, 'fetch', 'fetches')} brought no flags, the "
-            f"last {seconds(since_ns)} ago by {fetcher}. Check host, secret key and network; the "
+            f"last {duration(since_ns)} ago by {fetcher}. Check host, secret key and network; the "
             f"logger posthog in {fetcher} says what the API answered."
         )
     elif view.has_only_readers():
@@ -178,15 +178,15 @@ def _the_lock(view: View) -> Iterator[Finding]:
         return  # Nobody, or one who died: the kernel has freed its lock.
     mend = f"continue it (kill -CONT {pid}) or end it" if state == "stopped" else "end it if this stays"
     yield _problem(
-        f"Process {pid} is {state} and has held the page's lock for {seconds(held_ns)}: meanwhile "
+        f"Process {pid} is {state} and has held the page's lock for {duration(held_ns)}: meanwhile "
         f"nobody can be elected or publish; {mend}."
     )
 
 
 def _a_worker(worker: Worker, view: View) -> Iterator[Finding]:
     state = state_of(worker, view)
-    pid, told = worker.identity.pid, seconds(worker.interval_ns)
-    spacing = seconds(worker.spacing_ns)
+    pid, told = worker.identity.pid, duration(worker.interval_ns)
+    spacing = duration(worker.spacing_ns)
     if state == SILENT:
         yield _problem(_about_silence(worker, view))
     elif state == BEHIND:
@@ -210,7 +210,7 @@ def _a_worker(worker: Worker, view: View) -> Iterator[Finding]:
 
 def _about_silence(worker: Worker, view: View) -> str:
     pid = worker.identity.pid
-    silence, interval = seconds(view.silence_ns(worker)), seconds(worker.interval_ns)
+    silence, interval = duration(view.silence_ns(worker)), duration(worker.interval_ns)
     silent = f"Process {pid} last polled {silence} ago, and should every {interval}"
     if view.states.get(pid) == "stopped":
         return f"{silent}: it is stopped; continue it (kill -CONT {pid}) or end it."
@@ -240,7 +240,7 @@ def _is_elsewhere(identity: Identity, namespace: int) -> bool:
     return identity.pid_namespace != namespace
 
 
-def seconds(duration_ns: int) -> str:
+def duration(duration_ns: int) -> str:
     """A duration for people: "0.4 s", "31 s", "12 min", "5 h", "3 days"."""
     value = duration_ns / _SECOND_NS
     if value < 10:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TextIO
 
-from shmflags.diagnosis import BEHIND, CURRENT, SILENT, count, seconds
+from shmflags.diagnosis import BEHIND, CURRENT, SILENT, count, duration
 from shmflags.status import Status, WorkerStatus
 
 _BOLD, _DIM, _RED, _GREEN, _YELLOW, _PLAIN = "1", "2", "31", "32", "33", "0"
@@ -151,7 +151,7 @@ def size(number: int) -> str:
 
 
 def _duration(value_s: float) -> str:
-    return seconds(int(max(0.0, value_s) * 1e9))
+    return duration(int(max(0.0, value_s) * 1e9))
 
 
 def _ago(value_s: float | None) -> str:

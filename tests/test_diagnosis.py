@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shmflags import diagnosis
-from shmflags.diagnosis import BEHIND, CURRENT, SILENT, View, examine, seconds, state_of
+from shmflags.diagnosis import BEHIND, CURRENT, SILENT, View, duration, examine, state_of
 from shmflags.page import Grant, Lease, LockHolder
 from shmflags.processes import NOBODY, Identity
 from shmflags.snapshot import NOTHING, Position
@@ -286,7 +286,7 @@ def test_a_worker_of_another_container_is_gone_after_long_silence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("duration", "text"),
+    ("value_s", "text"),
     [
         (0, "0 s"),
         (0.44, "0.4 s"),
@@ -299,6 +299,6 @@ def test_a_worker_of_another_container_is_gone_after_long_silence() -> None:
         (3 * 86400, "3 days"),
     ],
 )
-def test_durations_read_well(duration: float, text: str) -> None:
+def test_durations_read_well(value_s: float, text: str) -> None:
     """A duration is said in the unit that a person would choose."""
-    assert seconds(int(duration * S)) == text
+    assert duration(int(value_s * S)) == text
