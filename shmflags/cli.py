@@ -17,14 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shmflags import clear, doctor, local_publish, runtime_dir, settings, status
+from shmflags import clear, doctor, export, local_publish, runtime_dir, settings, status
 from shmflags._version import __version__
 from shmflags.demo import command as demo
 from shmflags.diagnosis import count
 from shmflags.errors import ShmFlagsError
-from shmflags.holding import Holding
 from shmflags.local_publish import LocalPublisher, Published
-from shmflags.page_file import open_existing
 from shmflags.processes import Host
 from shmflags.runtime_dir import RuntimeDir
 from shmflags.settings import Settings
@@ -230,16 +228,11 @@ def _as_json(arguments: argparse.Namespace, statuses: list[Status], indent: int 
 
 def _export(arguments: argparse.Namespace) -> int:
     _settings(arguments)
-    at, host, holding = _located(arguments), Host(), Holding()
-    try:
-        at.check(lambda _: None)
-        page = open_existing(at, host)
-        loaded = page.is_serving() and holding.load(page, host, _ANY_SIZE)
-    except FileNotFoundError:
-        loaded = False
-    if not loaded:
+    at = _located(arguments)
+    definitions = export.export(at, Host(), _ANY_SIZE)
+    if definitions is None:
         return _fail(f"{arguments.key}: there is nothing to export: nothing is served in {at.path}")
-    _print(json.dumps(holding.definitions(), indent=2))
+    _print(json.dumps(definitions, indent=2))
     return FINE
 
 
