@@ -13,7 +13,6 @@ from shmflags.attachment import Attachment
 from shmflags.contract import Definitions
 from shmflags.election import ClientState
 from shmflags.page import ControlPage
-from shmflags.processes import Host
 from shmflags.snapshot import NOTHING, Position
 
 # Unequal to any digest: what the client has cannot be compared with what is published.
@@ -129,7 +128,7 @@ class Holding:
             return None
         return unshared.decoded
 
-    def load(self, page: ControlPage, host: Host, max_bytes: int) -> bool:
+    def load(self, page: ControlPage, max_bytes: int) -> bool:
         """Load the snapshot, decoding what is new in it; False if it is not one to be served.
 
         Raises `OSError`, `UnsafePathError` or `DamagedSnapshotError`; what was held stays.
@@ -138,7 +137,7 @@ class Holding:
         position = found.header.position
         last = page.last_position()
         is_current = position == last or publication.is_successor(position, last, page.incarnation)
-        if found.header.boot_id != host.boot_id() or not is_current:
+        if found.header.boot_id != page.host.boot_id() or not is_current:
             return False
         self.adopt(found.decoded, position)
         return True

@@ -153,7 +153,7 @@ class LocalPublisher:
             or publication.needs_tending(page, self._tended, None)
         ):
             self._lead(page)
-            publication.tend(page, self._host, None, self._member.owner, self._settings.max_bytes)
+            publication.tend(page, None, self._member.owner, self._settings.max_bytes)
             self._put(page, encoded)
         elif now_ns - self._renewed_ns > _RENEW_NS:
             self._lead(page)
@@ -194,9 +194,7 @@ class LocalPublisher:
 
     def _put(self, page: ControlPage, encoded: codec.Encoded) -> Published:
         fence = self._lead(page)
-        done = publication.publish(
-            page, self._host, encoded, fence, self._member.owner, self._settings.max_bytes
-        )
+        done = publication.publish(page, encoded, fence, self._member.owner, self._settings.max_bytes)
         if done.result is Result.DROPPED:
             raise RefusedError("another process has published meanwhile", remedy="try again")
         self._tended = signature(page.directory.snapshot_path)

@@ -127,7 +127,7 @@ class ControlPage:
     def __init__(self, directory: RuntimeDir, host: Host, words: memoryview, inode: Inode) -> None:
         self.directory = directory
         self.workers = WorkerTable(words[_TABLE:], host)
-        self._host = host
+        self.host = host
         self._boot = host.boot_id()
         self._words = words
         self._lock = FileLock(directory.page_path, inode, directory.uid, host)
@@ -160,7 +160,7 @@ class ControlPage:
         Raises `LockTimeoutError` or `PageReplacedError`, see `file_lock.py`.
         """
         with self._lock.held():
-            self._words[_LOCK + 1] = self._host.now_ns()
+            self._words[_LOCK + 1] = self.host.now_ns()
             self._words[_LOCK] = os.getpid()
             try:
                 yield
@@ -184,10 +184,10 @@ class ControlPage:
 
     def doze(self, until_ns: int) -> None:
         """Sleep until something is served, or it is time to look whether somebody has to take over."""
-        until_ns = min(until_ns, self._host.now_ns() + _DOZE_NS)
-        self._host.sleep(_LOOK_S)
-        while not self.is_serving() and self._host.now_ns() < until_ns:
-            self._host.sleep(_LOOK_S)
+        until_ns = min(until_ns, self.host.now_ns() + _DOZE_NS)
+        self.host.sleep(_LOOK_S)
+        while not self.is_serving() and self.host.now_ns() < until_ns:
+            self.host.sleep(_LOOK_S)
 
     def digest(self) -> bytes:
         """The content digest of the snapshot; all zeros if there is none.
@@ -282,7 +282,7 @@ class ControlPage:
         self._words[_DEADLINE] = 0
         self._words[_LEADER] = 0
         self._put_identity(_LEADER + 1, NOBODY)
-        self._words[_ELECTED], self._words[_ELECTED + 1] = self._host.now_ns(), self._host.wall_ns()
+        self._words[_ELECTED], self._words[_ELECTED + 1] = self.host.now_ns(), self.host.wall_ns()
 
     # -- the grant
 

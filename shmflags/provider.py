@@ -310,7 +310,7 @@ class SharedMemoryFlagCache:
     def _load(self, member: Member, page: ControlPage) -> None:
         wanted = page.position()
         try:
-            if self._holding.load(page, self._host, self._settings.max_bytes):
+            if self._holding.load(page, self._settings.max_bytes):
                 member.note_loaded(page, self._holding.position)
         except (FileNotFoundError, DamagedSnapshotError, UnsafePathError) as error:
             page.report_damage(wanted)

@@ -21,7 +21,6 @@ from shmflags.errors import (
     UnsafePathError,
 )
 from shmflags.page import ControlPage, Fence
-from shmflags.processes import Host
 from shmflags.snapshot import Draft, Header, Position, Signature
 
 _OLD_NS = 3600 * 1_000_000_000
@@ -44,24 +43,20 @@ class Publication(NamedTuple):
 
 
 def publish(
-    page: ControlPage,
-    host: Host,
-    encoded: codec.Encoded,
-    noted: Fence,
-    owner: str,
-    max_bytes: int,
+    page: ControlPage, encoded: codec.Encoded, noted: Fence, owner: str, max_bytes: int
 ) -> Publication:
     """Publish what was fetched under `noted`, if nothing overtook it.
 
     Raises `OSError`, `LockTimeoutError`, `PageReplacedError` or `UnsafePathError`; then it may be
     tried again, as nothing was published.
     """
+    host = page.host
     draft: Draft | None = None
     try:
         if page.digest() != encoded.digest:
             draft = Draft(page.directory, encoded, owner)
         with page.locked():
-            event = _roll_forward(page, host, max_bytes)
+            event = _roll_forward(page, max_bytes)
             if not election.may_publish(noted, page.fence(), serving=page.is_serving()):
                 page.count("dropped")
                 return Publication(Result.DROPPED, page.position(), event)
@@ -80,17 +75,17 @@ def publish(
         if draft is not None:
             draft.discard()
     # The content was published when we looked, and is not any more: now a draft is needed.
-    return publish(page, host, encoded, noted, owner, max_bytes)
+    return publish(page, encoded, noted, owner, max_bytes)
 
 
-def confirm(page: ControlPage, host: Host, noted: Fence) -> None:
+def confirm(page: ControlPage, noted: Fence) -> None:
     """What was asked for under `noted` is what is published: an unchanged publish, nothing written.
 
     Does nothing if something overtook it. Raises `OSError`, `LockTimeoutError` or `PageReplacedError`.
     """
     with page.locked():
         if election.may_publish(noted, page.fence(), serving=page.is_serving()):
-            page.accept_unchanged(host.wall_ns())
+            page.accept_unchanged(page.host.wall_ns())
             page.count("unchanged")
 
 
@@ -114,13 +109,7 @@ def needs_tending(page: ControlPage, last: Signature | None, holding: codec.Deco
     return found is None if page.is_serving() else holding is not None
 
 
-def tend(
-    page: ControlPage,
-    host: Host,
-    holding: codec.Decoded | None,
-    owner: str,
-    max_bytes: int,
-) -> Tended:
+def tend(page: ControlPage, holding: codec.Decoded | None, owner: str, max_bytes: int) -> Tended:
     """As (would-be) leader: check the snapshot, and mend what is wrong with it.
 
     `holding` is the content of the last snapshot, if this process has it: then a lost or damaged one
@@ -145,7 +134,7 @@ def tend(
             if header.position == page.last_position():
                 page.restore_snapshot(header)
                 return Tended(found)
-            if _is_newer(header, page, host):
+            if _is_newer(header, page):
                 page.accept_snapshot(header)
                 page.count("repaired")
                 return Tended(found, event=_goes_on_at(header.position))
@@ -155,7 +144,7 @@ def tend(
                 return Tended(found)
             page.clear_snapshot()
             return Tended(found, event=f"lost: the snapshot, as {problem}; a fetch will mend it")
-    return _restore(page, host, encoded, owner, problem)
+    return _restore(page, encoded, owner, problem)
 
 
 def _encoded_again(holding: codec.Decoded | None) -> codec.Encoded | None:
@@ -169,7 +158,8 @@ def _encoded_again(holding: codec.Decoded | None) -> codec.Encoded | None:
     return encoded if encoded.digest == holding.digest else None
 
 
-def _restore(page: ControlPage, host: Host, encoded: codec.Encoded, owner: str, problem: str) -> Tended:
+def _restore(page: ControlPage, encoded: codec.Encoded, owner: str, problem: str) -> Tended:
+    host = page.host
     last = page.last_position()
     draft = Draft(page.directory, encoded, owner)
     try:
@@ -187,7 +177,7 @@ def _restore(page: ControlPage, host: Host, encoded: codec.Encoded, owner: str, 
     return Tended(found, position, f"repaired: the snapshot was written again, as {problem}")
 
 
-def _roll_forward(page: ControlPage, host: Host, max_bytes: int) -> str:
+def _roll_forward(page: ControlPage, max_bytes: int) -> str:
     """Under the lock: take up a snapshot whose writer died before it could say so in the page.
 
     Returns what is to be logged of it, "" if there was none.
@@ -196,16 +186,16 @@ def _roll_forward(page: ControlPage, host: Host, max_bytes: int) -> str:
         header = snapshot.read_header(page.directory, max_bytes)
     except (OSError, ShmFlagsError):
         return ""
-    if not _is_newer(header, page, host):
+    if not _is_newer(header, page):
         return ""
     page.accept_snapshot(header)
     page.count("repaired")
     return _goes_on_at(header.position)
 
 
-def _is_newer(header: Header, page: ControlPage, host: Host) -> bool:
+def _is_newer(header: Header, page: ControlPage) -> bool:
     """Whether the snapshot follows, in this life of the page, the one that the page names."""
-    if header.boot_id != host.boot_id():
+    if header.boot_id != page.host.boot_id():
         return False
     return is_successor(header.position, page.last_position(), page.incarnation)
 
@@ -232,7 +222,7 @@ def _name(position: Position) -> str:
     return f"generation {position.generation}"
 
 
-def clear_litter(page: ControlPage, is_litter: Callable[[str], bool], wall_ns: int) -> list[Path]:
+def clear_litter(page: ControlPage, is_litter: Callable[[str], bool]) -> list[Path]:
     """Remove temporary files whose writer, named by `owner`, is known to be gone, or that are old.
 
     An old one may be of a container that is no more. Were its writer only stopped, it would miss it,
@@ -241,7 +231,7 @@ def clear_litter(page: ControlPage, is_litter: Callable[[str], bool], wall_ns: i
     removed = []
     for path, owner in page.directory.temporary_files():
         try:
-            if is_litter(owner) or wall_ns - path.lstat().st_mtime_ns > _OLD_NS:
+            if is_litter(owner) or page.host.wall_ns() - path.lstat().st_mtime_ns > _OLD_NS:
                 path.unlink()
                 removed.append(path)
         except OSError:

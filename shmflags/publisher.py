@@ -92,7 +92,7 @@ class Publisher:
 
     def _confirm(self, member: Member, page: ControlPage, fence: Fence) -> None:
         try:
-            publication.confirm(page, member.host, fence)
+            publication.confirm(page, fence)
         except (OSError, LockTimeoutError, PageReplacedError) as error:
             self._complain("what the upstream has is confirmed at the next poll", error)
 
@@ -118,7 +118,7 @@ class Publisher:
         if not publication.needs_tending(page, member.tended, newest):
             return
         try:
-            tended = publication.tend(page, member.host, newest, member.owner, self._settings.max_bytes)
+            tended = publication.tend(page, newest, member.owner, self._settings.max_bytes)
         except (OSError, UnsafePathError) as error:
             self._complain("the snapshot could not be restored", error)
             return
@@ -130,7 +130,7 @@ class Publisher:
 
     def clean_up(self, member: Member, page: ControlPage) -> None:
         """Remove what others left when they were killed. Whoever is granted a fetch does this."""
-        publication.clear_litter(page, member.is_litter, member.host.wall_ns())
+        publication.clear_litter(page, member.is_litter)
 
     def _publish(self, member: Member, page: ControlPage, pending: Pending, fence: Fence) -> bool:
         self._holding.unshared = Unshared(pending.decoded, fence.publications, member.token)
@@ -144,12 +144,7 @@ class Publisher:
             return False
         try:
             done = publication.publish(
-                page,
-                member.host,
-                pending.encoded,
-                fence,
-                member.owner,
-                self._settings.max_bytes,
+                page, pending.encoded, fence, member.owner, self._settings.max_bytes
             )
         except (OSError, LockTimeoutError, PageReplacedError, UnsafePathError) as error:
             member.pending = pending

@@ -152,11 +152,11 @@ class Ledger(Shared):
 
     def watching_publish(self, publish: Callable[..., Publication]) -> Callable[..., Publication]:
         @functools.wraps(publish)
-        def watched(page: Any, host: Any, encoded: Any, noted: Fence, *rest: Any) -> Publication:
+        def watched(page: Any, encoded: Any, noted: Fence, *rest: Any) -> Publication:
             task = self.world.running()
             fetch = task.publishing = self._fetch_of(task, encoded)
             try:
-                done = publish(page, host, encoded, noted, *rest)
+                done = publish(page, encoded, noted, *rest)
             finally:
                 task.publishing = None
             if done.result is Result.DROPPED:

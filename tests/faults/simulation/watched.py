@@ -43,7 +43,7 @@ class WatchedPage(page.ControlPage):
     def quiet(self) -> page.ControlPage:
         """The same page, for looking at it without a step."""
         words = self._words.raw  # type: ignore[attr-defined]
-        return page.ControlPage(self.directory, self._host, words, self._lock._inode)
+        return page.ControlPage(self.directory, self.host, words, self._lock._inode)
 
     def write_grant(self, grant: page.Grant) -> None:
         super().write_grant(grant)
