@@ -25,7 +25,6 @@ TITLE = "Hosts of 8 workers, one Redis, API at 200 ms, poll interval 2 s"
 WORKERS = 8
 _FLAGS = 100
 _POLL_INTERVAL_S = 2.0
-_INTERVALS = 4
 _LATENCY_S = 0.2
 _PATIENCE_S = 60.0
 _CASES = (
@@ -41,15 +40,15 @@ def steps(options: Options) -> list[Step]:
     if not {"redis", OURS} <= set(contestants.available()):
         return []
     sizes = (2,) if options.quick else (1, 4, 16)
-    rounds = 1 if options.quick else 3
+    rounds, intervals = (1, 1) if options.quick else (3, 4)
     return [
-        Step(f"{hosts} hosts, {name}", partial(runs, name, hosts, rounds))
+        Step(f"{hosts} hosts, {name}", partial(runs, name, hosts, rounds, intervals))
         for hosts in sizes
         for name in (OURS, "redis")
     ]
 
 
-def runs(name: str, hosts: int, rounds: int) -> Iterator[Measurement]:
+def runs(name: str, hosts: int, rounds: int, intervals: int) -> Iterator[Measurement]:
     """Start so many hosts at once, let them poll, and change a flag, at any time within an interval."""
     definitions = data.make(_FLAGS)
     key = definitions["flags"][0]["key"]
@@ -70,11 +69,11 @@ def runs(name: str, hosts: int, rounds: int) -> Iterator[Measurement]:
         found: dict[str, list[float]] = {"start": [server.full], "agree": []}
         time.sleep(_POLL_INTERVAL_S)  # The start is over for whoever came last.
         before, asked = master.call("bench.cluster:redis_counters", url=url), server.count
-        time.sleep(_INTERVALS * _POLL_INTERVAL_S)
+        time.sleep(intervals * _POLL_INTERVAL_S)
         after = master.call("bench.cluster:redis_counters", url=url)
-        found["requests"] = [(server.count - asked) / _INTERVALS]
+        found["requests"] = [(server.count - asked) / intervals]
         for case in ("commands", "kilobytes"):
-            found[case] = [(after[case] - before[case]) / _INTERVALS]
+            found[case] = [(after[case] - before[case]) / intervals]
         for number in range(rounds):
             time.sleep(_POLL_INTERVAL_S * number / rounds)
             definitions["flags"][0]["name"] = f"round {number}"

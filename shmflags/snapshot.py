@@ -245,6 +245,7 @@ class Draft:
     def put_in_place(self, position: Position, count: int, boot_id: int, wall_ns: int) -> Header:
         """Complete the header and make this the snapshot. Raises `OSError`, `UnsafePathError`."""
         encoded = self._encoded
+        etag = _sound_etag(encoded.etag)
         fields = _FIELDS.pack(
             _MAGIC,
             position.incarnation,
@@ -256,7 +257,7 @@ class Draft:
             encoded.flag_count,
             encoded.cohort_count,
             encoded.digest,
-            _sound_etag(encoded.etag).encode("ascii"),
+            etag.encode("ascii"),
         )
         _write_all(self._descriptor, fields + codec.digest_of(fields), 0)
         may_replace(self._target, self._uid)
@@ -270,7 +271,7 @@ class Draft:
             encoded.flag_count,
             encoded.cohort_count,
             encoded.digest,
-            encoded.etag,
+            etag,
         )
 
     def discard(self) -> None:

@@ -473,6 +473,7 @@ def test_a_fetch_may_wait_for_a_moment(since_s: int, waits: bool) -> None:
 def test_a_client_that_is_starting_is_served_first(rivals: Rivals) -> None:
     """Its fetch waits for its next poll, while it leads; what is served must be there."""
     first, second = rivals.join(), rivals.join()
+    assert not second.election.puts_off
     first.client = second.client = ClientState(None, NOTHING, attached=True, is_starting=True)
     assert first.poll().fence is not None, "there is nothing to be served"
     first.publish()
@@ -486,6 +487,11 @@ def test_a_client_that_is_starting_is_served_first(rivals: Rivals) -> None:
     second.client = ClientState(None, second.page.position(), attached=True)
     assert second.poll().fence is not None
     assert not second.election.puts_off
+    assert second.page.grant().attempts == 1
+    second.election.note_answered(second.page)
+    assert second.page.grant().attempts == 0
+    with first.page.locked():
+        second.election.note_answered(second.page)  # That was noted, and nothing waits for the lock.
 
 
 def test_an_answer_settles_no_other_grant(rivals: Rivals) -> None:

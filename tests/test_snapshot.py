@@ -58,23 +58,27 @@ def test_what_is_written_is_read(home: RuntimeDir) -> None:
     [
         ("", ""),
         ('W/"abc"', 'W/"abc"'),
+        ("MAX", "MAX"),
         ("x" * 88, "x" * 88),
         ("x" * 89, ""),
         ("\u00e9", ""),
         ("\ud800", ""),
         ("a\nb", ""),
     ],
-    ids=["none", "weak", "longest", "too long", "no ASCII", "no text", "a line break"],
+    ids=["none", "weak", "no quotes", "longest", "too long", "no ASCII", "no text", "a line break"],
 )
 def test_the_etag_travels_with_its_content(home: RuntimeDir, etag: str, kept: str) -> None:
     """A reader learns the API's ETag for what it reads; one that does not fit is left out."""
     encoded, _ = codec.encode(DATA, etag=etag)
     draft = Draft(home, encoded, "1-2-3-4")
-    draft.put_in_place(Position(5, 7), 9, boot_id=1 << 100, wall_ns=11)
+    header = draft.put_in_place(Position(5, 7), 9, boot_id=1 << 100, wall_ns=11)
     draft.discard()
     found = snapshot.read(home, MAX_BYTES)
+    assert found.header == header
     assert (found.header.etag, found.decoded.etag) == (kept, kept)
-    assert found.decoded.digest == codec.encode(DATA)[0].digest
+    without = codec.encode(DATA)
+    assert found.decoded.digest == without[0].digest
+    assert (without[0].etag, without[1].etag) == ("", "")
 
 
 def test_a_draft_is_invisible_until_it_is_put_in_place(home: RuntimeDir) -> None:
