@@ -324,6 +324,8 @@ class RedisFlagCache:
 
     def _look(self, process: _Process) -> None:
         """Load what is in Redis, if it is not what is held."""
+        if process.pending is not None:
+            return  # What is held is newer, and Redis could not take it yet.
         digest, process.thread.digest = process.thread.digest, None
         if digest is None:
             digest = process.server.digest()

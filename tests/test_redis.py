@@ -778,7 +778,9 @@ def test_a_full_redis(cache: Caches, server_client: redis.Redis) -> None:
     server_client.config_set("maxmemory", "1")
     until_told(leader)
     leader.on_flag_definitions_received(made_of("b"))
-    assert served(leader) == ["b"]
+    end = time.monotonic() + 0.3  # It leaves a Redis that failed alone for half an interval.
+    while time.monotonic() < end:
+        assert served(leader) == ["b"], "it does not go back to what is older"
     assert served(follower) == ["a"]
     server_client.config_set("maxmemory", "0")
     poll_until(lambda: served(follower) == ["b"], "what was fetched meanwhile is shared", leader)
