@@ -21,13 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--storm-seconds",
         type=float,
-        default=25.0,
+        default=15.0,
         help="how long the storm of kills and stops blows (tests/faults/test_storm.py)",
     )
     parser.addoption(
         "--simulations",
         type=int,
-        default=500,
+        default=300,
         help="how many schedules the simulation runs (tests/faults/test_simulation.py); from "
         f"{IN_CI} on, faults are also tried at every step, and not at some of them",
     )
@@ -39,11 +39,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure() -> None:
+    """Hundreds of interpreters are started, and without byte code each compiles the package again."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: tests often wait for processes that they started, so that a core can do two at a time."""
+    """For `-n auto`: tests often wait for processes that they started, so that two cores can do five at a time."""
     cores = len(os.sched_getaffinity(0))
-    return max(cores, min(2 * cores, 8))
+    return max(cores, min(5 * cores // 2, 8))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -320,9 +320,9 @@ def test_killed_at_every_step(
 ) -> None:
     """Whatever the step at which a worker is killed, the others serve, lead, repair and clean up.
 
-    It is every second step, unless all is done that is done in continuous integration.
+    It is every third step, unless all is done that is done in continuous integration.
     """
-    stride = SHARES if thorough else 2 * SHARES
+    stride = SHARES if thorough else 3 * SHARES
     rehearsal = action(directory / "rehearsal")
     rehearsal.base.mkdir()
     rehearsal.stage()
