@@ -12,14 +12,8 @@ An item is msgpack. Where msgpack cannot express a value that JSON can (integers
 item is the JSON text, as one msgpack string: no flag, cohort or envelope is a string, so the two
 cannot be confused. Lone surrogates travel as UTF-8 with `surrogatepass`.
 
-The index has one entry per item, in order:
-
-    offset  size  field
-    0       4     length of the item's bytes (u32, little-endian)
-    4       16    digest of the item's bytes (the first half of SHA-256, which CPUs have
-                  instructions for, and no policy forbids)
-
-The body follows it, and is one msgpack value, so that a first read is one call:
+The index (item_index.py) has one entry per item, in order. The body follows it, and is one msgpack
+value, so that a first read is one call:
 
     offset  size  field
     0       4     CRC-32 of all that follows (u32, little-endian)
@@ -27,8 +21,7 @@ The body follows it, and is one msgpack value, so that a first read is one call:
     5       4     number of items (u32, big-endian)
     9       …     the items' bytes, one after the other
 
-The content digest is the digest of the index with the two counts: equal digests mean equal bytes. A
-reader that decodes some of the items compares these with their digests; one that decodes all of them,
+A reader that decodes some of the items compares these with their digests; one that decodes all of them,
 as it has none, compares the body with its checksum.
 """
 
@@ -36,10 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import sys
 import zlib
-from array import array
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import msgpack
@@ -47,14 +37,20 @@ import msgpack
 from shmflags.collector import collector_paused, settle
 from shmflags.contract import Definitions
 from shmflags.errors import DamagedSnapshotError, InvalidDefinitionsError
+from shmflags.item_index import (
+    DIGEST_BYTES,
+    ENTRY,
+    content_digest,
+    digest_of,
+    digests_in,
+    total_length,
+    unequal_parts,
+)
 
-DIGEST_BYTES = 16
-ENTRY = struct.Struct(f"<I{DIGEST_BYTES}s")
 _CHECKSUM = struct.Struct("<I")
 _ARRAY = struct.Struct(">BI")
 _ARRAY_MARK = 0xDD
 BODY_HEAD_BYTES = _CHECKSUM.size + _ARRAY.size
-_COUNTS = struct.Struct("<II")
 
 # -2: the smallest length of a bin or ext is 0, and -1 means "no limit" to msgpack.
 _PLAIN_JSON_ONLY = {
@@ -64,7 +60,6 @@ _PLAIN_JSON_ONLY = {
     "unicode_errors": "surrogatepass",
 }
 _WALKED_FIRST = 16 * 1024
-_RUN = 64
 _CONTAINERS = {dict, list}
 _PLAIN_TYPES = frozenset((str, int, float, bool, type(None)))
 
@@ -108,16 +103,6 @@ def nothing() -> Decoded:
     return Decoded({"flags": [], "group_type_mapping": {}, "cohorts": {}}, b"", b"", [])
 
 
-def digest_of(data: bytes | memoryview) -> bytes:
-    """The 16-byte digest by which contents are compared."""
-    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
-
-
-def content_digest(index: bytes | memoryview, flag_count: int, cohort_count: int) -> bytes:
-    """The digest of whole definitions, from the digests of their items."""
-    return digest_of(bytes(index) + _COUNTS.pack(flag_count, cohort_count))
-
-
 def encode(data: object, known: Decoded | None = None, etag: str = "") -> tuple[Encoded, Decoded]:
     """Encode definitions as the SDK hands them over.
 
@@ -137,8 +122,8 @@ def encode(data: object, known: Decoded | None = None, etag: str = "") -> tuple[
     # msgpack also takes bytes and keys that are no strings; what a reader would refuse is
     # refused here. Bytes seen before were examined when they were first seen.
     old = known.entries if known is not None else b""
-    parts = _unequal_parts(old, index)
-    seen = {digest for start, old_stop, _ in parts for digest in _digests(old[start:old_stop])}
+    parts = unequal_parts(old, index)
+    seen = {digest for start, old_stop, _ in parts for digest in digests_in(old[start:old_stop])}
     for start, _, stop in parts:
         for number in range(start // ENTRY.size, stop // ENTRY.size):
             if digests[number] not in seen:
@@ -188,17 +173,17 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
     if not old and (values := _first_values(entries, body)):
         settle(len(values))
         return values
-    parts = _unequal_parts(old, entries)
+    parts = unequal_parts(old, entries)
     seen: dict[bytes, Any] = {}
     for start, old_stop, _ in parts:
         there = old_values[start // ENTRY.size : old_stop // ENTRY.size]
-        seen.update(zip(_digests(old[start:old_stop]), there, strict=True))
+        seen.update(zip(digests_in(old[start:old_stop]), there, strict=True))
     values = []
     offset, fresh = BODY_HEAD_BYTES, 0
     old_place = place = 0
     for start, old_stop, stop in parts:
         values += old_values[old_place // ENTRY.size : start // ENTRY.size]
-        offset += _total_length(entries[place:start])
+        offset += total_length(entries[place:start])
         for length, digest in ENTRY.iter_unpack(entries[start:stop]):
             value = seen.get(digest)
             if value is None:
@@ -207,7 +192,7 @@ def _values(entries: bytes, body: memoryview, known: Decoded | None) -> list[Any
             values.append(value)
             offset += length
         old_place, place = old_stop, stop
-    if offset + _total_length(entries[place:]) != len(body):
+    if offset + total_length(entries[place:]) != len(body):
         raise DamagedSnapshotError("index and payload do not fit each other")
     settle(fresh)
     return values + old_values[old_place // ENTRY.size :]
@@ -229,65 +214,12 @@ def _first_values(entries: bytes, body: memoryview) -> list[Any]:
 
 
 def _check_body(entries: bytes | memoryview, body: memoryview) -> None:
-    if BODY_HEAD_BYTES + _total_length(bytes(entries)) != len(body):
+    if BODY_HEAD_BYTES + total_length(bytes(entries)) != len(body):
         raise DamagedSnapshotError("index and payload do not fit each other")
     array_head = _ARRAY.pack(_ARRAY_MARK, len(entries) // ENTRY.size)
     head = _CHECKSUM.pack(zlib.crc32(body[_CHECKSUM.size :])) + array_head
     if body[:BODY_HEAD_BYTES] != head:
         raise DamagedSnapshotError("the items do not match their checksum")
-
-
-def _unequal_parts(old: bytes, new: bytes) -> list[tuple[int, int, int]]:
-    """Where two indexes differ, so that only there each entry need be looked at.
-
-    Each with its start, its end in the old one and its end in the new one, in bytes and in order; all
-    else is the same in both. Most changes leave both ends as they were; if what lies between is of the
-    same size, it is compared run by run.
-    """
-    head, tail = _common_ends(old, new)
-    old_stop, stop = len(old) - tail, len(new) - tail
-    if old_stop != stop:
-        return [(head, old_stop, stop)]
-    run = _RUN * ENTRY.size
-    ends = [(start, min(start + run, stop)) for start in range(head, stop, run)]
-    return [(start, end, end) for start, end in ends if old[start:end] != new[start:end]]
-
-
-def _common_ends(old: bytes, new: bytes) -> tuple[int, int]:
-    """How many bytes, in whole entries, two indexes have in common at their start, and then at their end."""
-    old_size, size = len(old), len(new)
-    head = _common_bytes(min(old_size, size), lambda a, b: old[a:b] == new[a:b])
-    tail = _common_bytes(
-        min(old_size, size) - head,
-        lambda a, b: old[old_size - b : old_size - a] == new[size - b : size - a],
-    )
-    return head, tail
-
-
-def _common_bytes(most: int, same: Callable[[int, int], bool]) -> int:
-    """How many of `most` bytes, in whole entries, two indexes have in common.
-
-    `same` compares what stands between two distances from the end at which they are compared.
-    """
-    low, high = 0, most // ENTRY.size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if same(low * ENTRY.size, middle * ENTRY.size):
-            low = middle
-        else:
-            high = middle - 1
-    return low * ENTRY.size
-
-
-def _digests(entries: bytes) -> list[bytes]:
-    return [digest for _, digest in ENTRY.iter_unpack(entries)]
-
-
-def _total_length(entries: bytes) -> int:
-    words = array("I", entries)
-    if sys.byteorder == "big":
-        words.byteswap()
-    return sum(words[:: ENTRY.size // words.itemsize])
 
 
 def check_items(entries: bytes | memoryview, body: memoryview) -> None:

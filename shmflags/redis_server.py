@@ -39,7 +39,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from shmflags import codec
+from shmflags import codec, item_index
 from shmflags.errors import DamagedSnapshotError, RedisUnavailableError
 from shmflags.runtime_dir import directory_name
 
@@ -255,11 +255,11 @@ def unpack(blob: bytes, known: codec.Decoded | None) -> codec.Decoded:
     if len(blob) < _HEADER.size:
         raise DamagedSnapshotError(f"it has {len(blob)} bytes")
     magic, flags, cohorts, digest = _HEADER.unpack_from(blob)
-    end = _HEADER.size + codec.ENTRY.size * (1 + flags + cohorts)
+    end = _HEADER.size + item_index.ENTRY.size * (1 + flags + cohorts)
     if magic != _MAGIC or end > len(blob):
         raise DamagedSnapshotError("it is not what was written")
     view = memoryview(blob)
     index = view[_HEADER.size : end]
-    if codec.content_digest(index, flags, cohorts) != digest:
+    if item_index.content_digest(index, flags, cohorts) != digest:
         raise DamagedSnapshotError("its index does not match its digest")
     return codec.decode(index, view[end:], flags, cohorts, digest, known)

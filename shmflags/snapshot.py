@@ -18,7 +18,7 @@ check it, and decode from the map. Layout, little-endian:
     88      88    the API's ETag for this content, in printable ASCII, padded with zeros; empty if
                   it is not known, longer, or anything else
     176     16    digest of the 176 bytes before
-    192     20*n  index: n = 1 + flags + cohorts entries (codec.py)
+    192     20*n  index: n = 1 + flags + cohorts entries (item_index.py)
     …             body: a checksum, and the items' bytes (codec.py)
 
 So the header vouches for the index, the index for each item, and a reader that holds an item
@@ -36,14 +36,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from shmflags import codec
+from shmflags import codec, item_index
 from shmflags.errors import DamagedSnapshotError
 from shmflags.runtime_dir import RuntimeDir, may_replace, open_private
 
 _MAGIC = b"shmflags"
 _ETAG_BYTES = 88
 _FIELDS = struct.Struct(f"<8sQQQ16sQQII16s{_ETAG_BYTES}s")
-HEADER_BYTES = _FIELDS.size + codec.DIGEST_BYTES
+HEADER_BYTES = _FIELDS.size + item_index.DIGEST_BYTES
 DEFAULT_MAX_BYTES = 256 * 1024 * 1024
 # No number that rises by one at a time gets here; one that is there already was not written by us.
 IMPOSSIBLE = 1 << 48
@@ -122,7 +122,7 @@ class MappedSnapshot:
         self._views: list[memoryview] = []
         try:
             self.header = _checked_header(self._view(0, HEADER_BYTES), size)
-            end = HEADER_BYTES + codec.ENTRY.size * (
+            end = HEADER_BYTES + item_index.ENTRY.size * (
                 1 + self.header.flag_count + self.header.cohort_count
             )
             if end > size:
@@ -130,7 +130,7 @@ class MappedSnapshot:
             self.index = self._view(HEADER_BYTES, end)
             self.body = self._view(end, size)
             counts = self.header.flag_count, self.header.cohort_count
-            if codec.content_digest(self.index, *counts) != self.header.digest:
+            if item_index.content_digest(self.index, *counts) != self.header.digest:
                 raise DamagedSnapshotError("its index does not match its digest")
         except DamagedSnapshotError as error:
             self.close()
@@ -193,7 +193,7 @@ def read_header(directory: RuntimeDir, max_bytes: int) -> Header:
 
 def _checked_header(view: memoryview, size: int) -> Header:
     fields = bytes(view[: _FIELDS.size])
-    if codec.digest_of(fields) != view[_FIELDS.size :]:
+    if item_index.digest_of(fields) != view[_FIELDS.size :]:
         raise DamagedSnapshotError("its header does not match its digest")
     (magic, incarnation, generation, count, boot, length, wall, flags, cohorts, digest, etag) = (
         _FIELDS.unpack(fields)
@@ -259,7 +259,7 @@ class Draft:
             encoded.digest,
             etag.encode("ascii"),
         )
-        _write_all(self._descriptor, fields + codec.digest_of(fields), 0)
+        _write_all(self._descriptor, fields + item_index.digest_of(fields), 0)
         may_replace(self._target, self._uid)
         os.replace(self._path, self._target)
         return Header(

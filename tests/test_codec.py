@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shmflags import codec
+from shmflags import codec, item_index
 from shmflags.errors import DamagedSnapshotError, InvalidDefinitionsError
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=8)
@@ -278,13 +278,13 @@ def test_what_is_known_is_not_examined_again(monkeypatch: pytest.MonkeyPatch) ->
 def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many entries of the former index each look at some of them has taken."""
     counts: list[int] = []
-    digests = codec._digests
+    digests = codec.digests_in
 
     def noted(entries: bytes) -> list[bytes]:
-        counts.append(len(entries) // codec.ENTRY.size)
+        counts.append(len(entries) // item_index.ENTRY.size)
         return digests(entries)
 
-    monkeypatch.setattr(codec, "_digests", noted)
+    monkeypatch.setattr(codec, "digests_in", noted)
     return counts
 
 
@@ -423,13 +423,13 @@ def decoded(
     body: bytes | None = None,
 ) -> codec.Decoded:
     """Decode items as they are, under an index that has their right digests."""
-    index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
+    index = b"".join(item_index.ENTRY.pack(len(item), item_index.digest_of(item)) for item in items)
     return codec.decode(
         memoryview(index),
         memoryview(body_of(items) if body is None else body),
         flags,
         cohorts,
-        codec.content_digest(index, flags, cohorts),
+        item_index.content_digest(index, flags, cohorts),
         known,
     )
 
@@ -471,7 +471,7 @@ def test_other_bytes_of_an_item_are_damage_unless_it_is_known(text: str | None, 
     items = list(ITEMS)
     items[place] = items[place][:-1] + bytes([items[place][-1] ^ 1])
     body = body_of(ITEMS)[: codec.BODY_HEAD_BYTES] + b"".join(items)
-    if known is not None and codec.digest_of(ITEMS[place]) in known.entries:
+    if known is not None and item_index.digest_of(ITEMS[place]) in known.entries:
         assert same(decoded(ITEMS, 2, 1, known=known, body=body).definitions, letters("ab", 1))
         return
     wrong = (
@@ -559,7 +559,7 @@ def test_checking_items_looks_at_all_of_them() -> None:
     """All bytes are accounted for, and compared with the checksum and with the items' digests."""
     for sizes in ([], [0], [3], [3, 7, 5], [7, 7], [300_000, 1]):
         items = [bytes([number]) * size for number, size in enumerate(sizes)]
-        index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
+        index = b"".join(item_index.ENTRY.pack(len(item), item_index.digest_of(item)) for item in items)
         body = body_of(items)
         codec.check_items(index, memoryview(body))
         with pytest.raises(DamagedSnapshotError, match=r"^index and payload do not fit each other$"):

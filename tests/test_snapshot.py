@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shmflags import codec, snapshot
+from shmflags import codec, item_index, snapshot
 from shmflags.errors import DamagedSnapshotError, UnsafePathError
 from shmflags.runtime_dir import RuntimeDir
 from shmflags.snapshot import HEADER_BYTES, Draft, Position, Signature
@@ -248,7 +248,7 @@ def forge(home: RuntimeDir, *, cut: int | None = None, tail: bytes = b"", **chan
     content = home.snapshot_path.read_bytes()
     fields = dict(zip(NAMES, FIELDS.unpack(content[: FIELDS.size]), strict=True))
     header = FIELDS.pack(*{**fields, **changes}.values())
-    content = header + codec.digest_of(header) + content[HEADER_BYTES:]
+    content = header + item_index.digest_of(header) + content[HEADER_BYTES:]
     content = content[:cut]
     home.snapshot_path.write_bytes(content[: len(content) - len(tail)] + tail)
 
@@ -315,8 +315,8 @@ def test_damage_of_the_header_is_named(home: RuntimeDir) -> None:
 def test_items_of_a_wrong_shape_are_damage_with_a_place(home: RuntimeDir) -> None:
     """What is found only while decoding names the file, too."""
     items = [codec.encode(DATA)[0].items[0], b"\x80", b"\x91\x80"]
-    index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
-    digest = codec.content_digest(index, 1, 1)
+    index = b"".join(item_index.ENTRY.pack(len(item), item_index.digest_of(item)) for item in items)
+    digest = item_index.content_digest(index, 1, 1)
     size = len(index) + codec.BODY_HEAD_BYTES + sum(map(len, items))
     encoded = codec.Encoded(1, 1, index, items, digest, size)
     draft = Draft(home, encoded, "1-2-3-4")

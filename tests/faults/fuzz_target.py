@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shmflags import codec, snapshot
+from shmflags import codec, item_index, snapshot
 from shmflags.errors import DamagedSnapshotError
 from shmflags.page import PAGE_BYTES
 from shmflags.runtime_dir import RuntimeDir
@@ -37,8 +37,8 @@ def home(base: Path) -> RuntimeDir:
 
 def forge(directory: RuntimeDir, items: Sequence[bytes], flags: int, cohorts: int) -> Header:
     """Put a snapshot in place that is right in all its digests, whatever its items hold."""
-    index = b"".join(codec.ENTRY.pack(len(item), codec.digest_of(item)) for item in items)
-    digest = codec.content_digest(index, flags, cohorts)
+    index = b"".join(item_index.ENTRY.pack(len(item), item_index.digest_of(item)) for item in items)
+    digest = item_index.content_digest(index, flags, cohorts)
     size = len(index) + codec.BODY_HEAD_BYTES + sum(map(len, items))
     draft = Draft(directory, codec.Encoded(flags, cohorts, index, list(items), digest, size), "forged")
     try:
