@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +41,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Hundreds of interpreters are started, and without byte code each compiles the package again."""
+    """What the processes that tests start are to inherit, whatever the shell."""
+    # There are hundreds of them, and without byte code each compiles the package again.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    # A shell's background jobs ignore Ctrl-C, and so would a process that a test wants to end by it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
