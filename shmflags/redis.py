@@ -7,7 +7,8 @@ How it is kept in Redis stands in redis_server.py; the rules are those of electi
     term.
 2.  The leader is told to fetch when the last grant is half an interval old, by Redis's clock.
 3.  A fetch is accepted in the term of its grant, from the process that was granted it; or if there is
-    nothing yet.
+    nothing yet. One that was made alone, while Redis could not be used, is accepted if none that was
+    begun later is known of.
 4.  What the client last received is what its ETag stands for. If Redis has something else, the fetch
     must bring a publish before the next poll, or the leader makes way for an interval. So it is while
     Redis has nothing.
@@ -48,10 +49,12 @@ class _Owed(NamedTuple):
 
 
 class _ThreadState(threading.local):
-    """Per thread: the term in which it fetches, whether it was told to, whether its last fetch brought
-    nothing, and the digest that its last poll found."""
+    """Per thread: the term in which it fetches, or since when it is without an answer of Redis
+    (CLOCK_MONOTONIC), whether it was told to fetch, whether its last fetch brought nothing, and the
+    digest that its last poll found."""
 
     term: int = 0
+    alone_s: float | None = None
     told: bool = False
     failed: bool = False
     digest: bytes | None = None
@@ -70,6 +73,7 @@ class _Process:
         self.term = 0  # The one in which it leads; 0 if it does not.
         self.owed: _Owed | None = None
         self.pending: Publish | None = None
+        self.outdated = b""  # Digest of what was held before `pending`.
         # What was loaded for the host, until the host has it: it may have given up waiting.
         self.loaded: codec.Decoded | None = None
         self.told_s = float("-inf")
@@ -229,8 +233,12 @@ class RedisFlagCache:
                     # The answer went to the parent, but its client, and so ours, may have the ETag.
                     self._received = _UNKNOWN_DIGEST
             server = RedisServer(self._client, self._key, self._timing, self._timeout_s)
+            process = _Process(server)
+            for parent in self._processes.values():
+                # What the parent may not live to publish; twice does no harm.
+                process.pending, process.outdated = parent.pending, parent.outdated
             # Of two threads that come here at once, one's is taken by both.
-            process = self._processes.setdefault(pid, _Process(server))
+            process = self._processes.setdefault(pid, process)
             for other in [other for other in self._processes if other != pid]:
                 self._processes.pop(other, None)  # Closes our copies of the parent's sockets.
         return process
@@ -240,15 +248,15 @@ class RedisFlagCache:
         thread, now_s = process.thread, time.monotonic()
         thread.failed, thread.told = thread.told, False
         process.is_asking &= not thread.failed
-        # For the fetch that follows if Redis fails: it is accepted if nobody else led meanwhile.
-        thread.term, thread.digest = process.term, None
+        # For the fetch that follows if Redis fails.
+        thread.term, thread.digest, thread.alone_s = process.term, None, now_s
         self._publish_pending(process)
         fruitless = self._is_fruitless(process, now_s)
         answer = process.server.poll(process.token, make_way=fruitless)
         if fruitless:
             process.owed = None
         self._note_term(process, answer.term, made_way=fruitless)
-        thread.term, thread.digest = answer.term, answer.digest
+        thread.term, thread.digest, thread.alone_s = answer.term, answer.digest, None
         if answer.granted:
             thread.told = process.is_asking = True
             process.told_s = now_s
@@ -286,15 +294,20 @@ class RedisFlagCache:
     def _receive(self, process: _Process, data: object) -> None:
         thread = process.thread
         term, thread.term, thread.told = thread.term, 0, False
+        begun_s, thread.alone_s = thread.alone_s, None
         process.owed, process.is_asking = None, False
         self._received = _UNKNOWN_DIGEST
         encoded, decoded = codec.encode(data, self._held)
         self._received = decoded.digest
-        if not process.for_host:  # Else the host's cache has them, and keeps them.
-            self._held = decoded
-        if not process.closed:
-            process.pending = Publish(process.token, term, encoded)
-            self._publish_pending(process)
+        with process.lock:
+            if process.pending is None:
+                process.outdated = self._held.digest if self._held is not None else b""
+            if not process.for_host:  # Else the host's cache has them, and keeps them.
+                self._held = decoded
+            if process.closed:
+                return
+            process.pending = Publish(process.token, term, encoded, begun_s)
+        self._publish_pending(process)
 
     def _publish_pending(self, process: _Process) -> None:
         """Publish what is waiting for it, if there is such a thing. Raises `RedisUnavailableError`."""
@@ -310,13 +323,15 @@ class RedisFlagCache:
             )
             return
         result, generation = process.server.publish(pending, blob)
-        process.pending = None
+        with process.lock:
+            if process.pending is pending:  # And not what another thread has received meanwhile.
+                process.pending = None
         if result != 1:
             flags = pending.encoded.flag_count
             said = (
                 f"published: {flags} flags, {len(blob)} bytes"
                 if result
-                else "dropped: another one leads"
+                else "dropped: another one leads, or has fetched since"
             )
             self._journal.event(f"{said}, in Redis", os.getpid(), pending.term, generation)
 
@@ -324,8 +339,6 @@ class RedisFlagCache:
 
     def _look(self, process: _Process) -> None:
         """Load what is in Redis, if it is not what is held."""
-        if process.pending is not None:
-            return  # What is held is newer, and Redis could not take it yet.
         digest, process.thread.digest = process.thread.digest, None
         if digest is None:
             digest = process.server.digest()
@@ -336,7 +349,9 @@ class RedisFlagCache:
             digest = self._first(process, process.first_deadline_s)
         if digest:
             with process.lock:
-                self._held = self._load(process, digest, self._held)
+                # What Redis could not take yet is newer than what it is to replace.
+                if process.pending is None or digest != process.outdated:
+                    self._held = self._load(process, digest, self._held)
 
     def _first(self, process: _Process, until_s: float) -> bytes:
         """Wait for the first publish; its digest, or b"" if it did not come."""

@@ -8,7 +8,8 @@ Both keys lie in one hash slot (`{…}`); the 1 is the version of the format:
         until         when the lease ends
         since         since when those 6 characters have led
         term          the fencing epoch: raised whenever the token changes, never below the clock
-        grant         when somebody was last told to fetch
+        grant         when the newest fetch that is known of was begun: the last that somebody was
+                      told to make, or one that was made alone and accepted later
         barred        the 6 characters of who made way, and may not lead before
         barred_until
         digest        content digest of the definitions; absent if there are none
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import re
 import struct
 import time
@@ -77,13 +79,21 @@ redis.call('HSET', KEYS[1], 'grant', now)
 return {2, digest, term}
 """
 
-# KEYS: state, definitions. ARGV: token, term, digest, definitions. Reply: {0 if dropped, 1 if
-# unchanged, 2 if published; generation}.
+# KEYS: state, definitions. ARGV: token, term, digest, definitions, and for a fetch made alone how many
+# milliseconds ago it was begun. Reply: {0 if dropped, 1 if unchanged, 2 if published; generation}.
 _PUBLISH = """
-local is = redis.call('HMGET', KEYS[1], 'token', 'term', 'digest', 'generation')
+local is = redis.call('HMGET', KEYS[1], 'token', 'term', 'digest', 'generation', 'grant')
 local serving = is[3] and redis.call('EXISTS', KEYS[2]) == 1
 local generation = tonumber(is[4] or 0)
-if serving and (is[1] ~= ARGV[1] or is[2] ~= ARGV[2]) then return {0, generation} end
+local begun
+if ARGV[5] then
+    local clock = redis.call('TIME')
+    local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+    local grant = tonumber(is[5] or 0) or 0
+    if now - ARGV[5] >= grant or grant > now then begun = now - ARGV[5] end
+end
+if serving and not begun and (is[1] ~= ARGV[1] or is[2] ~= ARGV[2]) then return {0, generation} end
+if begun then redis.call('HSET', KEYS[1], 'grant', begun) end
 if serving and is[3] == ARGV[3] then return {1, generation} end
 redis.call('SET', KEYS[2], ARGV[4])
 redis.call('HSET', KEYS[1], 'digest', ARGV[3])
@@ -131,11 +141,16 @@ class Answer(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """Definitions for Redis, with the token and the term in which they were fetched."""
+    """Definitions for Redis, with the token and the term in which they were fetched.
+
+    `begun_s` is when the fetch was begun, CLOCK_MONOTONIC, if it was made alone: then they are newer
+    than what comes of any fetch that was begun before.
+    """
 
     token: str
     term: int
     encoded: codec.Encoded
+    begun_s: float | None = None
 
 
 def state_key(service_key: str) -> str:
@@ -177,6 +192,8 @@ class RedisServer:
         """(0 if dropped, 1 if unchanged, 2 if published; the generation there is now)."""
         keys = [self._state, self._definitions]
         arguments = [what.token, what.term, what.encoded.digest, blob]
+        if what.begun_s is not None:
+            arguments.append(math.ceil((time.monotonic() - what.begun_s) * 1000))
         reply = self._ask(lambda: self._publish(keys=keys, args=arguments))
         return reply[0], reply[1]
 

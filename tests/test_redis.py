@@ -70,6 +70,15 @@ def until_told(cache: RedisFlagCache) -> None:
     wait_until(cache.should_fetch_flag_definitions, "it is told to fetch", 10)
 
 
+def until_granted(cache: RedisFlagCache) -> None:
+    """It is told to fetch by Redis, and not left to itself."""
+    wait_until(
+        lambda: cache.should_fetch_flag_definitions() and cache._here().thread.alone_s is None,
+        "it is told to fetch by Redis",
+        10,
+    )
+
+
 def poll_until(condition: Callable[[], bool], what: str, *polling: RedisFlagCache) -> None:
     """Have caches poll until the condition holds."""
 
@@ -79,6 +88,10 @@ def poll_until(condition: Callable[[], bool], what: str, *polling: RedisFlagCach
         return condition()
 
     wait_until(polled, what, 10)
+
+
+def until_settled(cache: RedisFlagCache) -> None:
+    poll_until(lambda: cache._here().pending is None, "what waited was published, or dropped", cache)
 
 
 def pass_time(client: redis.Redis, seconds: float) -> None:
@@ -778,12 +791,93 @@ def test_a_full_redis(cache: Caches, server_client: redis.Redis) -> None:
     server_client.config_set("maxmemory", "1")
     until_told(leader)
     leader.on_flag_definitions_received(made_of("b"))
-    end = time.monotonic() + 0.3  # It leaves a Redis that failed alone for half an interval.
-    while time.monotonic() < end:
-        assert served(leader) == ["b"], "it does not go back to what is older"
+    leader._here().server._quiet_until_s = 0.0  # As if it had left Redis alone for long enough.
+    assert served(leader) == ["b"], "it does not go back to what is older, which can be read"
     assert served(follower) == ["a"]
     server_client.config_set("maxmemory", "0")
     poll_until(lambda: served(follower) == ["b"], "what was fetched meanwhile is shared", leader)
+
+
+@pytest.fixture
+def alone(cache: Caches, server_client: redis.Redis) -> Iterator[list[RedisFlagCache]]:
+    """Three workers that share "a", the first of which led, when Redis has become full."""
+    group = [cache(poll_interval=0.4, lease_ttl=60.0) for _ in range(3)]
+    publish(group[0], "a")
+    assert [served(each) for each in group] == [["a"]] * 3
+    pass_time(server_client, 3600)
+    server_client.config_set("maxmemory", "1")
+    for each in group:
+        until_told(each)
+    yield group
+    server_client.config_set("maxmemory", "0")
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["who led", "another one"])
+def test_what_was_fetched_without_redis_is_shared(
+    cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache], first: int
+) -> None:
+    """Whoever comes back first: nobody's client would get it once more, as all have its ETag."""
+    for each in alone:
+        each.on_flag_definitions_received(made_of("b"))
+    server_client.config_set("maxmemory", "0")
+    until_settled(alone[first])
+    assert served(cache(cold_start_timeout=0.0)) == ["b"]
+    for each in alone:
+        until_settled(each)
+        assert served(each) == ["b"]
+    assert server_client.hget(state_key(KEY), "generation") == b"2"
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)], ids=["in order", "the later one first"])
+def test_of_fetches_without_redis_the_later_one_counts(
+    cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache], order: tuple[int, int]
+) -> None:
+    """They are ordered by when they were begun, and not by who comes back first.
+
+    (Unless Redis has told somebody to fetch by then, as it does at the first poll.)
+    """
+    alone[1]._here().thread.alone_s -= 1.0  # As if it had been told a second earlier.
+    alone[1].on_flag_definitions_received(made_of("b"))
+    alone[2].on_flag_definitions_received(made_of("c"))
+    server_client.config_set("maxmemory", "0")
+    for number in order:
+        process = alone[number]._here()
+        process.server._quiet_until_s = 0.0
+        alone[number]._publish_pending(process)
+        assert process.pending is None
+    assert served(cache(cold_start_timeout=0.0)) == ["c"]
+
+
+@pytest.mark.parametrize("later", ["c", "a"], ids=["changed", "unchanged"])
+def test_a_fetch_without_redis_does_not_overtake_a_later_one(
+    cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache], later: str
+) -> None:
+    """Once somebody was told to fetch, what was fetched alone before is dropped, whatever that has brought."""
+    alone[1].on_flag_definitions_received(made_of("b"))
+    server_client.config_set("maxmemory", "0")
+    until_granted(alone[0])
+    alone[0].on_flag_definitions_received(made_of(later))
+    until_settled(alone[1])
+    poll_until(lambda: served(alone[1]) == [later], "it takes what is newer", alone[1])
+    assert served(cache(cold_start_timeout=0.0)) == [later]
+
+
+def test_a_child_forked_without_redis_has_what_was_fetched(
+    program: RedisProgram, server_client: redis.Redis
+) -> None:
+    """It does not go back to what is older, and publishes it if its parent does not live to do so."""
+    with workers(1, Worker) as (worker,):
+        worker.call("make_redis_cache", program.port, 0.4)
+        assert worker.call("should_fetch") is True
+        worker.call("receive", made_of("a"))
+        pass_time(server_client, 3600)
+        server_client.config_set("maxmemory", "1")
+        wait_until(lambda: worker.call("should_fetch"), "it is told to fetch", 10)
+        worker.call("receive", made_of("b"))
+        assert worker.call("fork", [("get", ())], 1)[0][1] == [made_of("b")]
+        server_client.config_set("maxmemory", "0")
+        worker.call("fork", [("should_fetch", ())], 1)
+        assert server_client.hget(state_key(KEY), "generation") == b"2"
 
 
 def test_refused_authentication(cache: Caches) -> None:
