@@ -12,7 +12,7 @@ from shmflags.runtime_dir import RuntimeDir
 def export(directory: RuntimeDir, host: Host, max_bytes: int) -> Definitions | None:
     """What workers are served, or None if they are served nothing. Takes no lock, creates no file.
 
-    Raises `UnsafePathError`, `DamagedSnapshotError` or `OSError` if it cannot be read.
+    Raises a `ShmFlagsError` or `OSError` if it cannot be read.
     """
     holding = Holding()
     try:

@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=300,
         help="how many schedules the simulation runs (tests/faults/test_simulation.py); from "
-        f"{IN_CI} on, faults are also tried at every step, and not at some of them",
+        f"{IN_CI} on, all is done that continuous integration does (see CONTRIBUTING.md)",
     )
     parser.addoption(
         "--seed",
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def thorough(request: pytest.FixtureRequest) -> bool:
-    """Whether to try each step and each bit, and not only some of them."""
+    """Whether to do all that there is, as in continuous integration, and not only some of it."""
     return int(request.config.getoption("--simulations")) >= IN_CI
 
 

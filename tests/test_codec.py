@@ -274,6 +274,18 @@ def test_what_is_known_is_not_examined_again(monkeypatch: pytest.MonkeyPatch) ->
         assert examined == again, text
 
 
+def test_what_is_new_is_examined_wherever_it_stands() -> None:
+    """Of changes far apart, none is taken for known."""
+    data = letters("".join(map(chr, range(0x4E00, 0x4E00 + 300))))
+    known = codec.encode(data)[1]
+    flags: list[Any] = list(data["flags"])
+    flags[3] = {"key": "new"}
+    for place in (4, 150, 299):
+        bad = [*flags[:place], {"key": b"bytes"}, *flags[place + 1 :]]
+        with pytest.raises(InvalidDefinitionsError, match=rf"flags\[{place}\]"):
+            codec.encode({**data, "flags": bad}, known)
+
+
 @pytest.fixture
 def walked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many entries of the former index each look at some of them has taken."""

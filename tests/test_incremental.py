@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from posthog import Posthog
 
-from shmflags import SharedMemoryFlagCache, codec, snapshot
+from shmflags import SharedMemoryFlagCache, codec, item_index, snapshot
 from shmflags.demo.server import DefinitionsServer, definitions, flag
 from tests import manual_host
 from tests.manual_host import INTERVAL_S
@@ -86,12 +86,21 @@ def edited(data: dict[str, Any], edit: tuple[str, int, str, Any]) -> dict[str, A
 # -- what is decoded
 
 
-@given(any_definitions, st.lists(edits, max_size=8))
+@given(any_definitions, st.lists(edits, max_size=8), st.sampled_from([1, 2, 64]))
 @settings(deadline=None, max_examples=120)
 def test_a_chain_of_changes_decodes_to_what_was_published(
-    first: dict[str, Any], changes: list[tuple[str, int, str, Any]]
+    first: dict[str, Any], changes: list[tuple[str, int, str, Any]], run: int
 ) -> None:
-    """After any edits, what was decoded on top of the last is what is decoded from nothing."""
+    """After any edits, what was decoded on top of the last is what is decoded from nothing.
+
+    Whatever the length of the runs in which two indexes are compared: a few flags make several of them.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(item_index, "_RUN", run)
+        _check_chain(first, changes)
+
+
+def _check_chain(first: dict[str, Any], changes: list[tuple[str, int, str, Any]]) -> None:
     encoded, published = codec.encode(first)
     prompt = lagging = from_bytes(encoded)
     data = first
