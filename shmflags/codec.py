@@ -145,6 +145,8 @@ def decode(
 ) -> Decoded:
     """Decode definitions, reusing the objects of every item that stands in `known`.
 
+    (An item that is there twice for the first time may be decoded once more.)
+
     `index` must have been checked against `digest`; each item is checked before it is decoded.
     Raises `DamagedSnapshotError` for anything that `encode` would not have written.
     """

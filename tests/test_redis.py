@@ -16,6 +16,7 @@ from redis.sentinel import Sentinel
 
 from shmflags import codec, redis_server, validate_provider
 from shmflags.demo.server import DefinitionsServer, definitions, flag
+from shmflags.errors import RedisUnavailableError
 from shmflags.redis import RedisFlagCache
 from shmflags.redis_server import state_key
 from tests.cluster_worker import Worker
@@ -826,6 +827,21 @@ def test_what_was_fetched_without_redis_is_shared(
         until_settled(each)
         assert served(each) == ["b"]
     assert server_client.hget(state_key(KEY), "generation") == b"2"
+
+
+def test_what_a_host_fetched_without_redis_is_shared(cache: Caches, server_client: redis.Redis) -> None:
+    """The same if it is asked on behalf of a host."""
+    leader, other = cache(poll_interval=0.4, lease_ttl=60.0), cache(poll_interval=0.4, lease_ttl=60.0)
+    publish(leader, "a")
+    pass_time(server_client, 3600)
+    server_client.config_set("maxmemory", "1")
+    with pytest.raises(RedisUnavailableError):
+        other.exchange_for_host(7, None, again=False)
+    other.on_flag_definitions_received(made_of("b"))
+    server_client.config_set("maxmemory", "0")
+    other._here().server._quiet_until_s = 0.0
+    other.exchange_for_host(7, None, again=False)
+    assert served(cache(cold_start_timeout=0.0)) == ["b"]
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)], ids=["in order", "the later one first"])
