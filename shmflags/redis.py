@@ -6,9 +6,9 @@ How it is kept in Redis stands in redis_server.py; the rules are those of electi
     further ahead than it is long (after a failover to a clock that is behind). Taking it raises the
     term.
 2.  The leader is told to fetch when the last grant is half an interval old, by Redis's clock.
-3.  A fetch is accepted in the term of its grant, from the process that was granted it; or if there is
-    nothing yet. One that was made alone, while Redis could not be used, is accepted if none that was
-    begun later is known of.
+3.  A fetch is accepted in the term of its grant, from the process that was granted it; or if it was
+    made alone, while Redis could not be used; or if there is nothing yet. But not if another one that
+    was begun later has come to its end.
 4.  What the client last received is what its ETag stands for. If Redis has something else, the fetch
     must bring a publish before the next poll, or the leader makes way for an interval. So it is while
     Redis has nothing.
@@ -49,19 +49,20 @@ class _Owed(NamedTuple):
 
 
 class _ThreadState(threading.local):
-    """Per thread: the term in which it fetches, or since when it is without an answer of Redis
-    (CLOCK_MONOTONIC), whether it was told to fetch, whether its last fetch brought nothing, and the
+    """Per thread: the term in which it fetches, since when (`redis_server.now_s`) and whether without
+    an answer of Redis, whether it was told to fetch, whether its last fetch brought nothing, and the
     digest that its last poll found."""
 
     term: int = 0
-    alone_s: float | None = None
+    begun_s: float = 0.0
+    alone: bool = False
     told: bool = False
     failed: bool = False
     digest: bytes | None = None
 
 
 class _Process:
-    """What one process is to the cluster. Not handed on by a fork."""
+    """What one process is to the cluster. Not handed on by a fork, but for what was fetched alone."""
 
     def __init__(self, server: RedisServer) -> None:
         self.server = server
@@ -73,7 +74,9 @@ class _Process:
         self.term = 0  # The one in which it leads; 0 if it does not.
         self.owed: _Owed | None = None
         self.pending: Publish | None = None
-        self.outdated = b""  # Digest of what was held before `pending`.
+        # For `pending` and what is held, which change together; never held while Redis is asked.
+        self.brief = threading.Lock()
+        self.received = 0  # So often.
         # What was loaded for the host, until the host has it: it may have given up waiting.
         self.loaded: codec.Decoded | None = None
         self.told_s = float("-inf")
@@ -179,7 +182,7 @@ class RedisFlagCache:
         return codec.nothing().definitions
 
     def on_flag_definitions_received(self, data: Any) -> None:
-        """Publish what this process fetched, unless another one leads by now."""
+        """Publish what this process fetched, unless another one leads, or has fetched later, by now."""
         try:
             self._receive(self._here(), data)
         except InvalidDefinitionsError as error:
@@ -227,19 +230,19 @@ class RedisFlagCache:
         pid = os.getpid()
         process = self._processes.get(pid)
         if process is None:
-            if self._processes:
-                self._journal.after_fork()
-                if any(parent.is_asking for parent in self._processes.values()):
-                    # The answer went to the parent, but its client, and so ours, may have the ETag.
-                    self._received = _UNKNOWN_DIGEST
             server = RedisServer(self._client, self._key, self._timing, self._timeout_s)
             process = _Process(server)
-            for parent in self._processes.values():
-                # What the parent may not live to publish; twice does no harm.
-                process.pending, process.outdated = parent.pending, parent.outdated
+            for parent in list(self._processes.values()):
+                self._journal.after_fork()
+                if parent.is_asking:
+                    # The answer went to the parent, but its client, and so ours, may have the ETag.
+                    self._received = _UNKNOWN_DIGEST
+                if parent.pending is not None and parent.pending.alone:
+                    # The parent may not live to publish it. (Nobody else is to publish in its term.)
+                    process.pending = parent.pending
             # Of two threads that come here at once, one's is taken by both.
             process = self._processes.setdefault(pid, process)
-            for other in [other for other in self._processes if other != pid]:
+            for other in [other for other in list(self._processes) if other != pid]:
                 self._processes.pop(other, None)  # Closes our copies of the parent's sockets.
         return process
 
@@ -248,15 +251,16 @@ class RedisFlagCache:
         thread, now_s = process.thread, time.monotonic()
         thread.failed, thread.told = thread.told, False
         process.is_asking &= not thread.failed
-        # For the fetch that follows if Redis fails.
-        thread.term, thread.digest, thread.alone_s = process.term, None, now_s
+        # For the fetch that follows, which is made alone if Redis fails.
+        thread.term, thread.digest = process.term, None
+        thread.begun_s, thread.alone = redis_server.now_s(), True
         self._publish_pending(process)
         fruitless = self._is_fruitless(process, now_s)
         answer = process.server.poll(process.token, make_way=fruitless)
         if fruitless:
             process.owed = None
         self._note_term(process, answer.term, made_way=fruitless)
-        thread.term, thread.digest, thread.alone_s = answer.term, answer.digest, None
+        thread.term, thread.digest, thread.alone = answer.term, answer.digest, False
         if answer.granted:
             thread.told = process.is_asking = True
             process.told_s = now_s
@@ -294,19 +298,18 @@ class RedisFlagCache:
     def _receive(self, process: _Process, data: object) -> None:
         thread = process.thread
         term, thread.term, thread.told = thread.term, 0, False
-        begun_s, thread.alone_s = thread.alone_s, None
+        alone, thread.alone = thread.alone, False
         process.owed, process.is_asking = None, False
         self._received = _UNKNOWN_DIGEST
         encoded, decoded = codec.encode(data, self._held)
         self._received = decoded.digest
-        with process.lock:
-            if process.pending is None:
-                process.outdated = self._held.digest if self._held is not None else b""
+        with process.brief:
+            process.received += 1
             if not process.for_host:  # Else the host's cache has them, and keeps them.
                 self._held = decoded
             if process.closed:
                 return
-            process.pending = Publish(process.token, term, encoded, begun_s)
+            process.pending = Publish(process.token, term, encoded, thread.begun_s, alone)
         self._publish_pending(process)
 
     def _publish_pending(self, process: _Process) -> None:
@@ -316,16 +319,14 @@ class RedisFlagCache:
             return
         blob = redis_server.pack(pending.encoded)
         if len(blob) > self._max_bytes:
-            process.pending = None
+            self._settle(process, pending)
             self._complain(
                 "what was fetched is not shared, and what was served stays",
                 f"it takes {len(blob)} bytes; max_bytes is {self._max_bytes}",
             )
             return
         result, generation = process.server.publish(pending, blob)
-        with process.lock:
-            if process.pending is pending:  # And not what another thread has received meanwhile.
-                process.pending = None
+        self._settle(process, pending)
         if result != 1:
             flags = pending.encoded.flag_count
             said = (
@@ -334,6 +335,12 @@ class RedisFlagCache:
                 else "dropped: another one leads, or has fetched since"
             )
             self._journal.event(f"{said}, in Redis", os.getpid(), pending.term, generation)
+
+    @staticmethod
+    def _settle(process: _Process, pending: Publish) -> None:
+        with process.brief:
+            if process.pending is pending:  # And not what another thread has received meanwhile.
+                process.pending = None
 
     # -- definitions out
 
@@ -349,9 +356,18 @@ class RedisFlagCache:
             digest = self._first(process, process.first_deadline_s)
         if digest:
             with process.lock:
-                # What Redis could not take yet is newer than what it is to replace.
-                if process.pending is None or digest != process.outdated:
-                    self._held = self._load(process, digest, self._held)
+                self._take(process, digest)
+
+    def _take(self, process: _Process, digest: bytes) -> None:
+        """Hold what is in Redis, unless what this process fetched is newer, and Redis could not take it yet."""
+        with process.brief:
+            pending, received = process.pending, process.received
+        if pending is not None and not process.server.has_newer(pending):
+            return
+        found = self._load(process, digest, self._held)
+        with process.brief:
+            if process.received == received:
+                self._held = found
 
     def _first(self, process: _Process, until_s: float) -> bytes:
         """Wait for the first publish; its digest, or b"" if it did not come."""

@@ -8,8 +8,9 @@ Both keys lie in one hash slot (`{…}`); the 1 is the version of the format:
         until         when the lease ends
         since         since when those 6 characters have led
         term          the fencing epoch: raised whenever the token changes, never below the clock
-        grant         when the newest fetch that is known of was begun: the last that somebody was
-                      told to make, or one that was made alone and accepted later
+        grant         when somebody was last told to fetch
+        fetched       when the newest fetch was begun that has come to its end: it was published, or
+                      who was told to make it has polled since
         barred        the 6 characters of who made way, and may not lead before
         barred_until
         digest        content digest of the definitions; absent if there are none
@@ -56,7 +57,7 @@ _POLL = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local is = redis.call('HMGET', KEYS[1],
-    'token', 'until', 'since', 'term', 'grant', 'barred', 'barred_until', 'digest')
+    'token', 'until', 'since', 'term', 'grant', 'barred', 'barred_until', 'digest', 'fetched')
 local function number(i) return tonumber(is[i] or 0) or 0 end
 local function ahead(i, most) return number(i) > now and number(i) - now <= most end
 local me, token, digest = ARGV[1], is[1] or '', is[8] or ''
@@ -64,6 +65,7 @@ local group = string.sub(me, 1, 6)
 local ours = string.sub(token, 1, 6) == group
 local held = token ~= '' and ahead(2, LEASE)
 if held and not ours then return {0, digest} end
+if token == me and number(5) > number(9) then redis.call('HSET', KEYS[1], 'fetched', number(5)) end
 if held and ((ARGV[2] and token == me) or now - number(3) > MAX_TERM) then
     redis.call('HSET', KEYS[1], 'token', '', 'barred', group, 'barred_until', now + INTERVAL)
     return {0, digest}
@@ -79,21 +81,19 @@ redis.call('HSET', KEYS[1], 'grant', now)
 return {2, digest, term}
 """
 
-# KEYS: state, definitions. ARGV: token, term, digest, definitions, and for a fetch made alone how many
-# milliseconds ago it was begun. Reply: {0 if dropped, 1 if unchanged, 2 if published; generation}.
+# KEYS: state, definitions. ARGV: token, term, digest, definitions, and for a fetch made alone when it was
+# begun. Reply: {0 if dropped, 1 if unchanged, 2 if published; generation}.
 _PUBLISH = """
-local is = redis.call('HMGET', KEYS[1], 'token', 'term', 'digest', 'generation', 'grant')
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local is = redis.call('HMGET', KEYS[1], 'token', 'term', 'digest', 'generation', 'grant', 'fetched')
 local serving = is[3] and redis.call('EXISTS', KEYS[2]) == 1
-local generation = tonumber(is[4] or 0)
-local begun
-if ARGV[5] then
-    local clock = redis.call('TIME')
-    local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-    local grant = tonumber(is[5] or 0) or 0
-    if now - ARGV[5] >= grant or grant > now then begun = now - ARGV[5] end
-end
-if serving and not begun and (is[1] ~= ARGV[1] or is[2] ~= ARGV[2]) then return {0, generation} end
-if begun then redis.call('HSET', KEYS[1], 'grant', begun) end
+local generation = tonumber(is[4] or 0) or 0
+local begun, fetched = tonumber(ARGV[5] or is[5] or 0) or 0, tonumber(is[6] or 0) or 0
+local told = is[1] == ARGV[1] and is[2] == ARGV[2]
+if serving and not told and not ARGV[5] then return {0, generation} end
+if serving and begun < fetched and fetched <= now then return {0, generation} end
+redis.call('HSET', KEYS[1], 'fetched', begun)
 if serving and is[3] == ARGV[3] then return {1, generation} end
 redis.call('SET', KEYS[2], ARGV[4])
 redis.call('HSET', KEYS[1], 'digest', ARGV[3])
@@ -143,14 +143,20 @@ class Answer(NamedTuple):
 class Publish(NamedTuple):
     """Definitions for Redis, with the token and the term in which they were fetched.
 
-    `begun_s` is when the fetch was begun, CLOCK_MONOTONIC, if it was made alone: then they are newer
-    than what comes of any fetch that was begun before.
+    `begun_s` is when the fetch was begun (`now_s`), `alone` whether nobody else knew of it: then what
+    counts is not the term, but that no other fetch was begun later.
     """
 
     token: str
     term: int
     encoded: codec.Encoded
-    begun_s: float | None = None
+    begun_s: float
+    alone: bool
+
+
+def now_s() -> float:
+    """Seconds, of a clock that goes on while the machine sleeps, and is the same for a forked child."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def state_key(service_key: str) -> str:
@@ -192,10 +198,20 @@ class RedisServer:
         """(0 if dropped, 1 if unchanged, 2 if published; the generation there is now)."""
         keys = [self._state, self._definitions]
         arguments = [what.token, what.term, what.encoded.digest, blob]
-        if what.begun_s is not None:
-            arguments.append(math.ceil((time.monotonic() - what.begun_s) * 1000))
+        if what.alone:
+            # Many may come with the same.
+            if self.digest() == what.encoded.digest:
+                return 1, 0
+            # Not its age: the script may be carried out long after it was sent.
+            arguments.append(self._clock_ms(what.begun_s))
         reply = self._ask(lambda: self._publish(keys=keys, args=arguments))
         return reply[0], reply[1]
+
+    def has_newer(self, what: Publish) -> bool:
+        """Whether there is what comes of a fetch that was begun later."""
+        begun = self._clock_ms(what.begun_s)
+        fetched = self._ask(lambda: self._client.hget(self._state, "fetched")) or b""
+        return fetched.isdigit() and int(fetched) > begun
 
     def resign(self, token: str) -> None:
         self._ask(lambda: self._resign(keys=[self._state], args=[token]))
@@ -205,6 +221,11 @@ class RedisServer:
 
     def close(self) -> None:
         self._client.connection_pool.disconnect()
+
+    def _clock_ms(self, moment_s: float) -> int:
+        """A moment of this process's clock by Redis's, or some time before."""
+        seconds, micros = self._ask(self._client.time)
+        return int(seconds * 1000 + micros // 1000 - math.ceil((now_s() - moment_s) * 1000))
 
     def _ask(self, command: Callable[[], _T]) -> _T:
         if time.monotonic() < self._quiet_until_s:

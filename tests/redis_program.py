@@ -77,10 +77,11 @@ class RedisProgram:
         assert self._process is not None
         assert self._process.poll() is None, "redis-server ended"
         try:
-            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return bool(connection.recv(1))  # Or that it wants a password: it is at work.
         except OSError:
             return False
-        return True
 
 
 def _free_port() -> int:

@@ -74,7 +74,7 @@ def until_told(cache: RedisFlagCache) -> None:
 def until_granted(cache: RedisFlagCache) -> None:
     """It is told to fetch by Redis, and not left to itself."""
     wait_until(
-        lambda: cache.should_fetch_flag_definitions() and cache._here().thread.alone_s is None,
+        lambda: cache.should_fetch_flag_definitions() and not cache._here().thread.alone,
         "it is told to fetch by Redis",
         10,
     )
@@ -97,7 +97,7 @@ def until_settled(cache: RedisFlagCache) -> None:
 
 def pass_time(client: redis.Redis, seconds: float) -> None:
     """As if so much time had passed for Redis: its times are moved back."""
-    for field in ("until", "grant", "since", "barred_until"):
+    for field in ("until", "grant", "since", "barred_until", "fetched"):
         value = client.hget(state_key(KEY), field)
         if value is not None:
             client.hset(state_key(KEY), field, str(int(value) - int(seconds * 1000)))
@@ -818,15 +818,20 @@ def test_what_was_fetched_without_redis_is_shared(
     cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache], first: int
 ) -> None:
     """Whoever comes back first: nobody's client would get it once more, as all have its ETag."""
+    key = "b" * 100_000
     for each in alone:
-        each.on_flag_definitions_received(made_of("b"))
+        each.on_flag_definitions_received(made_of(key))
     server_client.config_set("maxmemory", "0")
+    before: Any = server_client.info("stats")
     until_settled(alone[first])
-    assert served(cache(cold_start_timeout=0.0)) == ["b"]
+    assert served(cache(cold_start_timeout=0.0)) == [key]
     for each in alone:
         until_settled(each)
-        assert served(each) == ["b"]
+        assert served(each) == [key]
     assert server_client.hget(state_key(KEY), "generation") == b"2"
+    after: Any = server_client.info("stats")
+    moved = after["total_net_input_bytes"] - before["total_net_input_bytes"]
+    assert moved < 2 * len(key), "the others see that it is there, and do not send it again"
 
 
 def test_what_a_host_fetched_without_redis_is_shared(cache: Caches, server_client: redis.Redis) -> None:
@@ -852,7 +857,7 @@ def test_of_fetches_without_redis_the_later_one_counts(
 
     (Unless Redis has told somebody to fetch by then, as it does at the first poll.)
     """
-    alone[1]._here().thread.alone_s -= 1.0  # As if it had been told a second earlier.
+    alone[1]._here().thread.begun_s -= 1.0  # As if it had been told a second earlier.
     alone[1].on_flag_definitions_received(made_of("b"))
     alone[2].on_flag_definitions_received(made_of("c"))
     server_client.config_set("maxmemory", "0")
@@ -864,18 +869,104 @@ def test_of_fetches_without_redis_the_later_one_counts(
     assert served(cache(cold_start_timeout=0.0)) == ["c"]
 
 
-@pytest.mark.parametrize("later", ["c", "a"], ids=["changed", "unchanged"])
+@pytest.mark.parametrize("later", ["c", "a", ""], ids=["changed", "unchanged", "not modified"])
 def test_a_fetch_without_redis_does_not_overtake_a_later_one(
     cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache], later: str
 ) -> None:
-    """Once somebody was told to fetch, what was fetched alone before is dropped, whatever that has brought."""
+    """Once another one has come to its end, what was fetched alone before is dropped, whatever that brought."""
     alone[1].on_flag_definitions_received(made_of("b"))
     server_client.config_set("maxmemory", "0")
     until_granted(alone[0])
-    alone[0].on_flag_definitions_received(made_of(later))
+    if later:
+        alone[0].on_flag_definitions_received(made_of(later))
+    else:
+        assert alone[0].should_fetch_flag_definitions() is False
+    expected = [later or "a"]
+    assert alone[1]._here().pending is not None
+    alone[1]._here().server._quiet_until_s = 0.0
+    assert served(alone[1]) == expected, "it takes what is newer, even before it could publish"
     until_settled(alone[1])
-    poll_until(lambda: served(alone[1]) == [later], "it takes what is newer", alone[1])
-    assert served(cache(cold_start_timeout=0.0)) == [later]
+    poll_until(lambda: served(alone[1]) == expected, "it takes what is newer", alone[1])
+    assert served(cache(cold_start_timeout=0.0)) == expected
+
+
+def test_a_grant_that_came_to_nothing_does_not_count(
+    cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache]
+) -> None:
+    """A poll may be carried out when nobody waits for its answer any more, or who was told may die."""
+    for each in alone[1:]:
+        each.on_flag_definitions_received(made_of("b"))
+    server_client.config_set("maxmemory", "0")
+    told: Any = server_client.time()
+    server_client.hset(state_key(KEY), "grant", str(told[0] * 1000 + told[1] // 1000))
+    until_settled(alone[1])
+    assert served(cache(cold_start_timeout=0.0)) == ["b"]
+
+
+def test_who_was_told_before_does_not_overtake_who_fetched_alone(
+    cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache]
+) -> None:
+    """A leader's fetch that takes long brings what is older than what was fetched meanwhile."""
+    server_client.config_set("maxmemory", "0")
+    until_granted(alone[0])
+    pass_time(server_client, 1)
+    alone[1]._here().thread.begun_s = redis_server.now_s()
+    alone[1]._here().server._quiet_until_s = 0.0
+    alone[1].on_flag_definitions_received(made_of("b"))
+    alone[0].on_flag_definitions_received(made_of("older"))
+    assert served(cache(cold_start_timeout=0.0)) == ["b"]
+
+
+def test_what_was_fetched_alone_is_kept_whatever_redis_had(
+    cache: Caches, server_client: redis.Redis
+) -> None:
+    """It may have had something newer than what this worker held; its own fetch is newer still."""
+    leader, other = cache(), cache(poll_interval=0.4, lease_ttl=60.0)
+    publish(leader, "a")
+    assert served(other) == ["a"]
+    pass_time(server_client, 3600)
+    publish(leader, "b")
+    server_client.config_set("maxmemory", "1")
+    for key in "cd":
+        until_told(other)
+        other.on_flag_definitions_received(made_of(key))
+        other._here().server._quiet_until_s = 0.0
+        assert served(other) == [key]
+    server_client.config_set("maxmemory", "0")
+
+
+def test_what_is_received_while_something_is_loaded_stays(
+    cache: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread loads what is in Redis, and another one receives what is newer: that is held then."""
+    leader, other = cache(), cache()
+    publish(leader, "a")
+    load = other._load
+
+    def slow(*arguments: Any) -> Any:
+        found = load(*arguments)
+        other.on_flag_definitions_received(made_of("b"))
+        return found
+
+    monkeypatch.setattr(other, "_load", slow)
+    assert served(other) == ["b"]
+
+
+def test_a_child_does_not_publish_in_its_parents_term(
+    program: RedisProgram, server_client: redis.Redis
+) -> None:
+    """What its parent was told to fetch, and may publish later, is its parent's."""
+    with workers(1, Worker) as (worker,):
+        worker.call("make_redis_cache", program.port, 3600.0)
+        assert worker.call("should_fetch") is True
+        worker.call("receive", made_of("a"))
+        pass_time(server_client, 3600)
+        assert worker.call("should_fetch") is True
+        server_client.config_set("maxmemory", "1")
+        worker.call("receive", made_of("b"))
+        server_client.config_set("maxmemory", "0")
+        worker.call("fork", [("should_fetch", ())], 1)
+        assert server_client.hget(state_key(KEY), "generation") == b"1"
 
 
 def test_a_child_forked_without_redis_has_what_was_fetched(
