@@ -49,9 +49,8 @@ class _Owed(NamedTuple):
 
 
 class _ThreadState(threading.local):
-    """Per thread: the term in which it fetches, since when (`redis_server.now_s`) and whether without
-    an answer of Redis, whether it was told to fetch, whether its last fetch brought nothing, and the
-    digest that its last poll found."""
+    """Per thread: the term in which it fetches, since when (`redis_server.now_s`), whether alone and
+    whether told to, whether its last fetch brought nothing, and the digest that its last poll found."""
 
     term: int = 0
     begun_s: float = 0.0
