@@ -361,7 +361,7 @@ class RedisFlagCache:
         """Hold what is in Redis, unless what this process fetched is newer, and Redis could not take it yet."""
         with process.brief:
             pending, received = process.pending, process.received
-        if pending is not None and not process.server.has_newer(pending):
+        if pending is not None and process.server.lacks(pending, digest):
             return
         found = self._load(process, digest, self._held)
         with process.brief:

@@ -50,6 +50,7 @@ _T = TypeVar("_T")
 _MAGIC = b"shmflags"
 _HEADER = struct.Struct("<8sII16s")
 GROUP_LENGTH, OWN_LENGTH = 6, 10
+_WANTED = 3
 
 # KEYS: state. ARGV: token, "y" to make way. Reply: {0, digest} to who follows, {1, digest, term} to
 # who leads, {2, digest, term} to who leads and is told to fetch.
@@ -65,16 +66,19 @@ local group = string.sub(me, 1, 6)
 local ours = string.sub(token, 1, 6) == group
 local held = token ~= '' and ahead(2, LEASE)
 if held and not ours then return {0, digest} end
-if token == me and number(5) > number(9) then redis.call('HSET', KEYS[1], 'fetched', number(5)) end
+local function past(i) return number(i) <= now and number(i) or 0 end
+local fetched = math.max(past(9), token == me and past(5) or 0)
 if held and ((ARGV[2] and token == me) or now - number(3) > MAX_TERM) then
-    redis.call('HSET', KEYS[1], 'token', '', 'barred', group, 'barred_until', now + INTERVAL)
+    redis.call('HSET', KEYS[1], 'token', '', 'barred', group, 'barred_until', now + INTERVAL,
+        'fetched', fetched)
     return {0, digest}
 end
 if is[6] == group and ahead(7, INTERVAL) then return {0, digest} end
 local term, since = number(4), number(3)
 if token ~= me then term = math.max(term + 1, now) end
 if not ours then since = now end
-redis.call('HSET', KEYS[1], 'token', me, 'until', now + LEASE, 'since', since, 'term', term)
+redis.call('HSET', KEYS[1], 'token', me, 'until', now + LEASE, 'since', since, 'term', term,
+    'fetched', fetched)
 local pause = now - number(5)
 if is[5] and pause >= 0 and pause < INTERVAL / 2 then return {1, digest, term} end
 redis.call('HSET', KEYS[1], 'grant', now)
@@ -82,21 +86,26 @@ return {2, digest, term}
 """
 
 # KEYS: state, definitions. ARGV: token, term, digest, definitions, and for a fetch made alone when it was
-# begun. Reply: {0 if dropped, 1 if unchanged, 2 if published; generation}.
+# begun. Reply: {0 if dropped, 1 if unchanged, 2 if published, 3 if it would be, were the definitions
+# not empty; generation}.
 _PUBLISH = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local is = redis.call('HMGET', KEYS[1], 'token', 'term', 'digest', 'generation', 'grant', 'fetched')
+local function number(value) return tonumber(value or 0) or 0 end
 local serving = is[3] and redis.call('EXISTS', KEYS[2]) == 1
-local generation = tonumber(is[4] or 0) or 0
-local begun, fetched = tonumber(ARGV[5] or is[5] or 0) or 0, tonumber(is[6] or 0) or 0
+local generation, fetched, begun = number(is[4]), number(is[6]), number(ARGV[5])
 local told = is[1] == ARGV[1] and is[2] == ARGV[2]
-if serving and not told and not ARGV[5] then return {0, generation} end
-if serving and begun < fetched and fetched <= now then return {0, generation} end
-redis.call('HSET', KEYS[1], 'fetched', begun)
-if serving and is[3] == ARGV[3] then return {1, generation} end
+if told then begun = math.max(begun, number(is[5])) end
+local late = begun < fetched and fetched <= now
+if serving and (late or not told and not ARGV[5]) then return {0, generation} end
+if serving and is[3] == ARGV[3] then
+    redis.call('HSET', KEYS[1], 'fetched', begun)
+    return {1, generation}
+end
+if ARGV[4] == '' then return {3, generation} end
 redis.call('SET', KEYS[2], ARGV[4])
-redis.call('HSET', KEYS[1], 'digest', ARGV[3])
+redis.call('HSET', KEYS[1], 'digest', ARGV[3], 'fetched', begun)
 return {2, redis.call('HINCRBY', KEYS[1], 'generation', 1)}
 """
 
@@ -196,22 +205,25 @@ class RedisServer:
 
     def publish(self, what: Publish, blob: bytes) -> tuple[int, int]:
         """(0 if dropped, 1 if unchanged, 2 if published; the generation there is now)."""
-        keys = [self._state, self._definitions]
+        if what.alone:
+            # First without them: many may come with the same.
+            result, generation = self._offer(what, b"")
+            if result != _WANTED:
+                return result, generation
+        return self._offer(what, blob)
+
+    def lacks(self, what: Publish, digest: bytes) -> bool:
+        """Whether it is newer than what there is, with this digest."""
+        return digest != what.encoded.digest and self._offer(what, b"")[0] == _WANTED
+
+    def _offer(self, what: Publish, blob: bytes) -> tuple[int, int]:
         arguments = [what.token, what.term, what.encoded.digest, blob]
         if what.alone:
-            # Many may come with the same.
-            if self.digest() == what.encoded.digest:
-                return 1, 0
             # Not its age: the script may be carried out long after it was sent.
             arguments.append(self._clock_ms(what.begun_s))
+        keys = [self._state, self._definitions]
         reply = self._ask(lambda: self._publish(keys=keys, args=arguments))
         return reply[0], reply[1]
-
-    def has_newer(self, what: Publish) -> bool:
-        """Whether there is what comes of a fetch that was begun later."""
-        begun = self._clock_ms(what.begun_s)
-        fetched = self._ask(lambda: self._client.hget(self._state, "fetched")) or b""
-        return fetched.isdigit() and int(fetched) > begun
 
     def resign(self, token: str) -> None:
         self._ask(lambda: self._resign(keys=[self._state], args=[token]))

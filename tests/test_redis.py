@@ -95,6 +95,14 @@ def until_settled(cache: RedisFlagCache) -> None:
     poll_until(lambda: cache._here().pending is None, "what waited was published, or dropped", cache)
 
 
+def publish_waiting(cache: RedisFlagCache) -> None:
+    """What a poll does first, and not the rest of it."""
+    process = cache._here()
+    process.server._quiet_until_s = 0.0  # As if it had left Redis alone for long enough.
+    cache._publish_pending(process)
+    assert process.pending is None
+
+
 def pass_time(client: redis.Redis, seconds: float) -> None:
     """As if so much time had passed for Redis: its times are moved back."""
     for field in ("until", "grant", "since", "barred_until", "fetched"):
@@ -862,11 +870,43 @@ def test_of_fetches_without_redis_the_later_one_counts(
     alone[2].on_flag_definitions_received(made_of("c"))
     server_client.config_set("maxmemory", "0")
     for number in order:
-        process = alone[number]._here()
-        process.server._quiet_until_s = 0.0
-        alone[number]._publish_pending(process)
-        assert process.pending is None
+        publish_waiting(alone[number])
     assert served(cache(cold_start_timeout=0.0)) == ["c"]
+
+
+def test_a_fetch_without_redis_that_brought_what_is_there_counts_too(
+    cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache]
+) -> None:
+    """It confirms what is there, so that what was fetched before it is dropped."""
+    alone[1]._here().thread.begun_s -= 1.0
+    alone[1].on_flag_definitions_received(made_of("b"))
+    alone[2].on_flag_definitions_received(made_of("a"))
+    server_client.config_set("maxmemory", "0")
+    publish_waiting(alone[2])
+    publish_waiting(alone[1])
+    assert served(cache(cold_start_timeout=0.0)) == ["a"]
+
+
+def test_a_fetch_without_redis_is_not_late_by_another_clock(
+    cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache]
+) -> None:
+    """What another Redis noted, the clock of which was ahead, outdates nothing."""
+    alone[1].on_flag_definitions_received(made_of("b"))
+    server_client.config_set("maxmemory", "0")
+    pass_time(server_client, -9000)
+    publish_waiting(alone[1])
+    assert served(cache(cold_start_timeout=0.0)) == ["b"]
+
+
+def test_a_fetch_without_redis_brings_back_what_was_lost(
+    cache: Caches, server_client: redis.Redis, alone: list[RedisFlagCache]
+) -> None:
+    """Definitions that are gone, while their digest is not, are written again."""
+    alone[1].on_flag_definitions_received(made_of("a"))
+    server_client.config_set("maxmemory", "0")
+    server_client.delete(f"{state_key(KEY)}:definitions")
+    publish_waiting(alone[1])
+    assert served(cache(cold_start_timeout=0.0)) == ["a"]
 
 
 @pytest.mark.parametrize("later", ["c", "a", ""], ids=["changed", "unchanged", "not modified"])
@@ -900,6 +940,21 @@ def test_a_grant_that_came_to_nothing_does_not_count(
     told: Any = server_client.time()
     server_client.hset(state_key(KEY), "grant", str(told[0] * 1000 + told[1] // 1000))
     until_settled(alone[1])
+    assert served(cache(cold_start_timeout=0.0)) == ["b"]
+
+
+def test_a_clock_that_was_moved_back_drops_nothing_for_long(
+    cache: Caches, server_client: redis.Redis
+) -> None:
+    """After a failover to a clock that is behind, what was noted by the other one is forgotten."""
+    leader = cache()
+    publish(leader, "a")
+    pass_time(server_client, -9000)
+    assert leader.should_fetch_flag_definitions() is True
+    assert leader.should_fetch_flag_definitions() is False
+    told: Any = server_client.hmget(state_key(KEY), "grant", "fetched")
+    assert int(told[1]) <= int(told[0])
+    leader.on_flag_definitions_received(made_of("b"))
     assert served(cache(cold_start_timeout=0.0)) == ["b"]
 
 
