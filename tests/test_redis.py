@@ -981,6 +981,7 @@ def test_what_was_fetched_alone_is_kept_whatever_redis_had(
     assert served(other) == ["a"]
     pass_time(server_client, 3600)
     publish(leader, "b")
+    pass_time(server_client, 1)
     server_client.config_set("maxmemory", "1")
     for key in "cd":
         until_told(other)
