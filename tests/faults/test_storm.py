@@ -80,16 +80,17 @@ class Storm:
     held: list[tuple[int, int]] = field(default_factory=list)
     late: list[tuple[int, int]] = field(default_factory=list)
 
-    def blow(self, seconds: float) -> None:
+    def blow(self, seconds: float) -> float:
+        """For so long, or up to thrice that until what is rare has happened; returns for how long."""
         pick = random.Random(self.seed)
         while len(self.group) < WORKERS:
             self._start()
         self._wait_for_page()
         page = control_page(self.base)
-        end = last = time.monotonic_ns()
-        end += int(seconds * SECOND_NS)
-        next_blow = last
-        while last < end:
+        began = next_blow = last = time.monotonic_ns()
+        end = began + int(seconds * SECOND_NS)
+        latest = began + 3 * int(seconds * SECOND_NS)
+        while last < end or (last < latest and not self._saw_what_is_rare(page)):
             granted = page.grant().at_ns
             if granted and (not self.grants_ns or granted != self.grants_ns[-1]):
                 self.grants_ns.append(granted)
@@ -105,6 +106,10 @@ class Storm:
                 self.late.append((last, now))
             last = now
         self.ended_ns = last
+        return (last - began) / SECOND_NS
+
+    def _saw_what_is_rare(self, page: ControlPage) -> bool:
+        return self.done["stopped holding the lock"] > 0 and page.counters()["dropped"] > 0
 
     def _start(self) -> None:
         self.started += 1
@@ -242,22 +247,29 @@ def published_at(notes: dict[int, list[Note]]) -> dict[int, int]:
 
 
 def check_everybody_keeps_up(notes: dict[int, list[Note]], published: dict[int, int]) -> int:
-    """Every worker sees at least half of what it could; returns how much that was in all."""
+    """Every worker sees at least half of what it could, but for one; returns how much that was in all.
+
+    Not all of it: a leader that is killed or stopped between the snapshot and the position has published
+    for those that read for the first time, and for the others only when somebody fetches again.
+    """
     timeline = sorted((since, stamp) for stamp, since in published.items())
     total = 0
     for number, own in notes.items():
-        possible, newest, position = 0, 0, 0
+        possible, known, position = 0, 0, 0
         seen: set[int] = set()
         for note in own:
             if note.kind != SEEN:
                 continue
-            before = newest
+            newest = known
             while position < len(timeline) and timeline[position][0] < note.began_ns:
                 newest = max(newest, timeline[position][1])
                 position += 1
-            possible += newest > before
+            possible += newest > known
+            known = max(newest, note.stamp)
             seen.add(note.stamp)
-        assert len(seen) >= possible / 2, f"worker {number} saw {len(seen)} of {possible} generations"
+        assert len(seen) >= possible / 2 - 1, (
+            f"worker {number} saw {len(seen)} of {possible} generations"
+        )
         total += possible
     return total
 
@@ -270,7 +282,7 @@ def test_storm(request: pytest.FixtureRequest, directory: Path, tmp_path: Path, 
     seed = random.SystemRandom().randrange(1 << 32)
     storm = Storm(directory, tmp_path, seed)
     try:
-        storm.blow(seconds)
+        seconds = storm.blow(seconds)
         counters = control_page(directory).counters()
         granted, takeovers = counters["granted"], counters["takeovers"]
     finally:
