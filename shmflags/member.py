@@ -15,13 +15,14 @@ from typing import NamedTuple
 from shmflags import codec, page_file
 from shmflags.election import Election
 from shmflags.journal import Journal
-from shmflags.page import ControlPage, Fence, Lease
+from shmflags.page import ControlPage, Fence, Glance
 from shmflags.processes import NOBODY, Host, Identity
 from shmflags.runtime_dir import locate
 from shmflags.settings import Settings
 from shmflags.snapshot import Position, Signature
 
 _LOOK_NS = 200_000_000
+"""A leader's death is looked for a few times a second only: that costs more than all other looking."""
 
 
 class Pending(NamedTuple):
@@ -74,10 +75,9 @@ class Member:
         self._journal = journal
         self._page: ControlPage | None = None
         self._slot = -1
-        # What `_finds_vacancy` found last, of which leader, and for how long that will do.
-        self._vacancy = False
-        self._looked_at = 0
-        self._looked_until_ns = 0
+        # What `sees_to_do` saw of the page when there was nothing to do, and for how long that will do.
+        self._at_rest: Glance | None = None
+        self._at_rest_until_ns = 0
 
     @property
     def known_page(self) -> ControlPage | None:
@@ -167,30 +167,28 @@ class Member:
             return None
         if self.election.puts_off:
             return "a fetch was put off" if is_loaded() else None
+        # In a process at rest all that a look touches is out of the processor's caches: the less the better.
+        if page.glance() == self._at_rest and self.host.now_ns() < self._at_rest_until_ns:
+            return None
+        return self._look_closely(page, held)
+
+    def _look_closely(self, attached: ControlPage, held: Callable[[], Position]) -> Hashable | None:
+        glance, now_ns = attached.glance(), self.host.now_ns()
         # While another thread of ours publishes, the page is ahead of what is noted here.
         if self.pending is not None or not self.lock.acquire(blocking=False):
             return None
         try:
-            position = page.position()
-            if page.is_serving() and position != held():
+            position = attached.position()
+            if attached.is_serving() and position != held():
                 return position
         finally:
             self.lock.release()
-        if self._settings.electable:
-            lease = page.lease()
-            if lease.token != self.token and self._finds_vacancy(page, lease):
-                return ("vacant", lease.term)
+        lease = attached.lease()
+        if self._settings.electable and lease.token != self.token and self.election.may_lead(attached):
+            return ("vacant", lease.term)
+        self._at_rest = glance
+        self._at_rest_until_ns = min(now_ns + _LOOK_NS, lease.deadline_ns)
         return None
-
-    def _finds_vacancy(self, attached: ControlPage, lease: Lease) -> bool:
-        # A leader's death is looked for a few times a second only: in a process at rest the look at
-        # /proc costs more than all the rest.
-        now_ns = self.host.now_ns()
-        lives_on = lease.token and lease.token == self._looked_at and now_ns < lease.deadline_ns
-        if not lives_on or now_ns >= self._looked_until_ns:
-            self._vacancy = self.election.may_lead(attached)
-            self._looked_at, self._looked_until_ns = lease.token, now_ns + _LOOK_NS
-        return self._vacancy
 
     def note_reloaded(self) -> None:
         """Our client has polled, as a watcher had it do: a fetch that was put off is over."""

@@ -83,6 +83,9 @@ _COUNTER_WORDS = range(_FIRST_COUNTER, _FIRST_COUNTER + len(COUNTERS))
 _RISING = (_POSITION + 1, _COUNT, _LAST + 1, _TERM, _ATTEMPTS, *_COUNTER_WORDS)
 _rising = itemgetter(*_RISING)  # At each poll; a loop would take as long as all else.
 
+Glance = tuple[int, int, int]
+"""The served incarnation and generation, and the leader's token."""
+
 
 class Lease(NamedTuple):
     """Who leads, and until when. Times are CLOCK_MONOTONIC ns unless they say `wall`."""
@@ -169,6 +172,11 @@ class ControlPage:
 
     def lock_holder(self) -> LockHolder:
         return LockHolder(self._words[_LOCK], self._words[_LOCK + 1])
+
+    def glance(self) -> Glance:
+        """The words that a watcher compares with those it saw last."""
+        words = self._words
+        return words[_POSITION], words[_POSITION + 1], words[_LEADER]
 
     # -- what is served
 

@@ -360,6 +360,34 @@ def test_a_worker_is_called_for_a_vacancy_and_takes_it(
     assert len(follower.calls_s) == 1
 
 
+def test_a_worker_at_rest_is_called_when_the_leader_is_killed(directory: Path) -> None:
+    """That all was well at its last look does not keep it from seeing that the leader has died since."""
+    with workers(1) as (leading,):
+        leading.call("make_cache", directory=str(directory), poll_interval=NEVER_S)
+        assert leading.call("should_fetch") is True
+        leading.call("receive", definitions(flag("one")))
+        watched = Watched(cache_at(directory))
+        watched.watcher.hasten()
+        watched.load()
+        assert watched.calls_s == []
+        leading.kill()
+    wait_until(lambda: watched.cache.status().term == 2, "it was called back, and leads")
+    watched.cache.shutdown()
+
+
+def test_a_worker_at_rest_is_called_when_the_lease_runs_out(directory: Path) -> None:
+    """A leader that lives and does not poll any more is seen to have lost its lease."""
+    idle = SharedMemoryFlagCache("test", directory=directory, poll_interval=0.1, lease_ttl=1.0)
+    assert idle.should_fetch_flag_definitions()
+    idle.on_flag_definitions_received(definitions(flag("one")))
+    watched = Watched(cache_at(directory))
+    watched.watcher.hasten()
+    watched.load()
+    wait_until(lambda: watched.cache.status().term == 2, "it was called back, and leads")
+    watched.cache.shutdown()
+    idle.shutdown()
+
+
 def test_an_exception_in_the_callback_is_logged_and_does_not_end_it(
     directory: Path, leader: SharedMemoryFlagCache, caplog: pytest.LogCaptureFixture
 ) -> None:
