@@ -36,7 +36,7 @@ def steps(options: Options) -> list[Step]:
                     prepare,
                     names,
                     flags,
-                    options.runs(7 if flags <= 5000 else 3),
+                    options.runs(7 if flags < 5000 else 3),
                 ),
             )
             for flags in options.sizes(10, 100, 1000, 5000, 20_000)

@@ -29,13 +29,21 @@ def steps(options: Options) -> list[Step]:
         ("calls", follower_calls, providers, sizes, 15),
         ("leader's calls", leader_calls, [name for name in names if name == OURS], sizes, 15),
         ("change", changes, providers, sizes, 15),
-        ("client, change", client_changes, names, sizes[-1:], 7),
-        ("first", first_reads, providers, sizes[-1:], 11),
+        ("client, change", client_changes, names, sizes[-1:], 9),
+        ("first", first_reads, providers, sizes[-1:], 15),
     ]
     return [
         Step(
             f"{case}, {flags:,} flags",
-            partial(in_turn, "poll", case, prepare, names_, flags, options.runs(runs)),
+            partial(
+                in_turn,
+                "poll",
+                case,
+                prepare,
+                names_,
+                flags,
+                options.runs(runs if flags < _BIG else runs * 3 // 5),
+            ),
         )
         for case, prepare, names_, sizes_, runs in cases
         for flags in sizes_
