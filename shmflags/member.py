@@ -21,7 +21,7 @@ from shmflags.runtime_dir import locate
 from shmflags.settings import Settings
 from shmflags.snapshot import Position, Signature
 
-_LOOK_NS = 200_000_000
+_LOOK_NS = 300_000_000
 """A leader's death is looked for a few times a second only: that costs more than all other looking."""
 
 
@@ -183,11 +183,14 @@ class Member:
                 return position
         finally:
             self.lock.release()
-        lease = attached.lease()
-        if self._settings.electable and lease.token != self.token and self.election.may_lead(attached):
-            return ("vacant", lease.term)
-        self._at_rest = glance
-        self._at_rest_until_ns = min(now_ns + _LOOK_NS, lease.deadline_ns)
+        until_ns = now_ns + _LOOK_NS
+        if self._settings.electable:
+            lease = attached.lease()
+            if lease.token != self.token:
+                if self.election.may_lead(attached):
+                    return ("vacant", lease.term)
+                until_ns = min(until_ns, lease.deadline_ns)
+        self._at_rest, self._at_rest_until_ns = glance, until_ns
         return None
 
     def note_reloaded(self) -> None:

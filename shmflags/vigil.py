@@ -1,6 +1,6 @@
 """A vigil: an open pidfd, which tells for the price of two cheap system calls that a process runs on.
 
-Reading /proc costs ten times as much, and who leads is looked at in every poll and twenty times a second.
+Reading /proc costs ten times as much, and who leads is looked at in every poll and some times a second.
 A vigil only ever spares a closer look; that a process is dead is proved in `processes.py` alone.
 """
 

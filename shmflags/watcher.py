@@ -2,7 +2,7 @@
 
 It looks at a few words of the mapped page, some twenty times a second, and calls back when this
 process is behind the published generation, when nobody leads, or when a fetch was put off until the client
-had flags. It takes no lock and touches no file.
+had flags. It waits for no lock and opens no snapshot.
 Calls back do not multiply requests: a grant is due or it is not.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 
 from shmflags import servers
 
@@ -41,8 +40,7 @@ class Watcher:
         self._callback = callback
         self._interval_s = interval_s
         self._on_error = on_error
-        self._is_stopped = False
-        self._stop = _held()
+        self._stop = threading.Event()
         self._begin = threading.Event()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
@@ -51,15 +49,15 @@ class Watcher:
         """Start the thread, unless there is one in this process, or `stop` was called."""
         if self._thread is None:
             with self._starting:
-                if self._thread is None and not self._is_stopped:
+                if self._thread is None and not self._stop.is_set():
                     self._start(_START_S)
 
     def restart(self) -> None:
         """In a forked child, where the parent's thread did not come along: start one, if it had one."""
         parents, self._thread = self._thread, None
         self._starting = threading.Lock()
-        if not self._is_stopped:
-            self._stop, self._begin = _held(), threading.Event()
+        if not self._stop.is_set():
+            self._stop, self._begin = threading.Event(), threading.Event()
             if parents is not None:
                 self._start(_SETTLE_S)
 
@@ -75,9 +73,7 @@ class Watcher:
 
     def stop(self) -> None:
         """End the thread; at most a running callback is waited for, and not from within it."""
-        self._is_stopped = True
-        with suppress(RuntimeError):  # Stopped before.
-            self._stop.release()
+        self._stop.set()
         self._begin.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -92,11 +88,11 @@ class Watcher:
         """Whether what there is to see is seen within a second."""
         return self.is_alive and self._interval_s <= _AGAIN_S
 
-    def _run(self, stop: threading.Lock, begin: threading.Event, settle_s: float) -> None:
+    def _run(self, stop: threading.Event, begin: threading.Event, settle_s: float) -> None:
         seen: Hashable | None = None
         quiet_s = 0.0
         begin.wait(settle_s)
-        while not stop.acquire(timeout=self._interval_s):
+        while not stop.wait(self._interval_s):
             quiet_s += self._interval_s
             try:
                 found = self._notice()
@@ -107,13 +103,6 @@ class Watcher:
                     self._callback()
             except Exception as error:
                 self._on_error(error)
-
-
-def _held() -> threading.Lock:
-    """What a watcher waits for, and gets when it is stopped: at rest it costs less than an event."""
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
 
 
 class Watchers:

@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--storm-seconds",
         type=float,
         default=15.0,
-        help="how long the storm of kills and stops blows (tests/faults/test_storm.py)",
+        help="how long the storm of kills and stops blows at least (tests/faults/test_storm.py)",
     )
     parser.addoption(
         "--simulations",

@@ -16,6 +16,7 @@ import pytest
 
 from shmflags import SharedMemoryFlagCache, Watcher, publication, watcher
 from shmflags.demo.server import DefinitionsServer, definitions, flag
+from tests.manual_host import INTERVAL_S, Group
 from tests.servers.answers import switched, values
 from tests.servers.running import RECIPES, Site
 from tests.support import call_all, local_publisher, wait_until, workers
@@ -360,32 +361,79 @@ def test_a_worker_is_called_for_a_vacancy_and_takes_it(
     assert len(follower.calls_s) == 1
 
 
-def test_a_worker_at_rest_is_called_when_the_leader_is_killed(directory: Path) -> None:
-    """That all was well at its last look does not keep it from seeing that the leader has died since."""
-    with workers(1) as (leading,):
-        leading.call("make_cache", directory=str(directory), poll_interval=NEVER_S)
-        assert leading.call("should_fetch") is True
-        leading.call("receive", definitions(flag("one")))
-        watched = Watched(cache_at(directory))
-        watched.watcher.hasten()
-        watched.load()
-        assert watched.calls_s == []
-        leading.kill()
-    wait_until(lambda: watched.cache.status().term == 2, "it was called back, and leads")
-    watched.cache.shutdown()
+# -- what a look sees after one that found nothing to do
 
 
-def test_a_worker_at_rest_is_called_when_the_lease_runs_out(directory: Path) -> None:
-    """A leader that lives and does not poll any more is seen to have lost its lease."""
-    idle = SharedMemoryFlagCache("test", directory=directory, poll_interval=0.1, lease_ttl=1.0)
-    assert idle.should_fetch_flag_definitions()
-    idle.on_flag_definitions_received(definitions(flag("one")))
-    watched = Watched(cache_at(directory))
-    watched.watcher.hasten()
-    watched.load()
-    wait_until(lambda: watched.cache.status().term == 2, "it was called back, and leads")
-    watched.cache.shutdown()
-    idle.shutdown()
+@pytest.fixture
+def group(directory: Path) -> Group:
+    return Group(directory)
+
+
+@pytest.fixture
+def first(group: Group) -> SharedMemoryFlagCache:
+    """A cache that leads, for a minute, and has published one flag."""
+    cache = group.worker(lease_ttl=60.0)
+    assert cache.should_fetch_flag_definitions()
+    cache.on_flag_definitions_received(definitions(flag("one")))
+    return cache
+
+
+@pytest.fixture
+def second(group: Group, first: SharedMemoryFlagCache) -> SharedMemoryFlagCache:
+    """A cache that follows, and whose watcher would have found nothing to do."""
+    return at_rest(group.worker())
+
+
+def at_rest(cache: SharedMemoryFlagCache) -> SharedMemoryFlagCache:
+    assert not cache.should_fetch_flag_definitions()
+    assert cache.get_flag_definitions() is not None
+    assert cache._notice() is None
+    return cache
+
+
+def test_a_look_sees_a_publish_at_once(
+    group: Group, first: SharedMemoryFlagCache, second: SharedMemoryFlagCache
+) -> None:
+    """A new generation is seen by the very next look, at each time."""
+    for number in range(3):
+        group.machine.pass_time(INTERVAL_S)
+        at_rest(second)
+        assert first.should_fetch_flag_definitions()
+        first.on_flag_definitions_received(definitions(flag(f"f{number}")))
+        assert second._notice() is not None
+        at_rest(second)
+
+
+def test_a_look_sees_a_leader_that_left_at_once(
+    first: SharedMemoryFlagCache, second: SharedMemoryFlagCache
+) -> None:
+    """Nobody leads: that is seen by the very next look."""
+    first.shutdown()
+    assert second._notice() == ("vacant", 1)
+
+
+def test_a_look_sees_that_the_lease_runs_out_at_once(
+    group: Group, second: SharedMemoryFlagCache
+) -> None:
+    """A leader that lives and polls no more leads until its lease is over, to the moment."""
+    group.machine.pass_time(59.9)
+    assert second._notice() is None
+    group.machine.pass_time(0.0999)
+    assert second._notice() is None
+    group.machine.pass_time(0.0001)
+    assert second._notice() == ("vacant", 1)
+
+
+def test_a_dead_leader_is_seen_a_few_times_a_second(
+    group: Group, first: SharedMemoryFlagCache, second: SharedMemoryFlagCache
+) -> None:
+    """Not by the very next look, as each would cost more: but in less than half a second."""
+    leader = first.status().leader
+    assert leader is not None
+    group.machine.dead.add(leader.pid)
+    assert second._notice() is None
+    group.machine.pass_time(0.5)
+    assert second._notice() == ("vacant", 1)
 
 
 def test_an_exception_in_the_callback_is_logged_and_does_not_end_it(
