@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--storm-seconds",
         type=float,
-        default=15.0,
+        default=10.0,
         help="how long the storm of kills and stops blows at least (tests/faults/test_storm.py)",
     )
     parser.addoption(
@@ -65,7 +65,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Have each of several workers begin with one of the tests that are marked `long`."""
+    """Leave the tests marked `thorough` to continuous integration; begin with those marked `long`, each in a worker."""
+    if not _is_thorough(config):
+        left = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     long = [item for item in items if item.get_closest_marker("long")]
     share = len(items) // workers
@@ -77,7 +81,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def thorough(request: pytest.FixtureRequest) -> bool:
     """Whether to do all that there is, as in continuous integration, and not only some of it."""
-    return int(request.config.getoption("--simulations")) >= IN_CI
+    return _is_thorough(request.config)
+
+
+def _is_thorough(config: pytest.Config) -> bool:
+    return int(config.getoption("--simulations")) >= IN_CI
 
 
 @pytest.fixture

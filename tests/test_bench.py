@@ -36,9 +36,16 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("question", "contestants", "rows"),
     [
-        ("import_time", "shmflags", ["import shmflags", "import posthog"]),
+        pytest.param(
+            "import_time", "shmflags", ["import shmflags", "import posthog"], marks=pytest.mark.thorough
+        ),
         ("worker_startup", "shmflags,sdk", ["requests until 8 workers have flags", "p99"]),
-        ("memory", "shmflags", ["client loaded before the fork, gc.freeze()"]),
+        pytest.param(
+            "memory",
+            "shmflags",
+            ["client loaded before the fork, gc.freeze()"],
+            marks=pytest.mark.thorough,
+        ),
         ("propagation", "shmflags", ["from a change at the API to all 8 workers"]),
         ("failover", "shmflags", ["from the leader's SIGKILL to new flags in all others"]),
         (

@@ -42,8 +42,15 @@ def requests_within(server: DefinitionsServer, seconds: float) -> int:
 # -- one fetch
 
 
-@pytest.mark.parametrize("attach", [False, True], ids=["plain", "attached"])
-@pytest.mark.parametrize("count", [8, 32])
+@pytest.mark.parametrize(
+    ("count", "attach"),
+    [
+        pytest.param(8, False, id="8-plain"),
+        pytest.param(8, True, id="8-attached", marks=pytest.mark.thorough),
+        pytest.param(32, False, id="32-plain", marks=pytest.mark.thorough),
+        pytest.param(32, True, id="32-attached"),
+    ],
+)
 def test_many_workers_make_the_requests_of_one(
     server: DefinitionsServer, directory: Path, count: int, attach: bool
 ) -> None:

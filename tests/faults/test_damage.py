@@ -67,7 +67,7 @@ def grow(more: int) -> Callable[[bytearray], None]:
 @pytest.mark.parametrize("state", STATES)
 def test_every_bit_of_the_snapshots_header_flipped(scene: Scene, state: str, thorough: bool) -> None:
     """A snapshot with any one bit of its header flipped is recognised, and mended; in CI it is each of them."""
-    for bit in range(8 * snapshot.HEADER_BYTES)[:: 1 if thorough else 5]:
+    for bit in range(8 * snapshot.HEADER_BYTES)[:: 1 if thorough else 7]:
         scene.survive(scene.edit("snapshot", flip(bit)), running=state == "running")
 
 
@@ -88,7 +88,7 @@ def test_every_bit_of_the_pages_header_flipped(
     """A page with any one bit before its worker table flipped yields one leader and right data; in CI each."""
     bits = range(USED_WORDS * 64)
     unused = random.Random(part).sample(range(bits.stop, PAGE_HEADER_WORDS * 64), 25)
-    for bit in [*bits[part :: 8 if thorough else 40], *unused]:
+    for bit in [*bits[part :: 8 if thorough else 56], *unused]:
         scene.survive(scene.edit("page", flip(bit)), running=state == "running")
 
 

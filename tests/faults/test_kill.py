@@ -322,7 +322,7 @@ def test_killed_at_every_step(
 
     It is every third step, unless all is done that is done in continuous integration.
     """
-    stride = SHARES if thorough else 3 * SHARES
+    stride = SHARES if thorough else 5 * SHARES
     rehearsal = action(directory / "rehearsal")
     rehearsal.base.mkdir()
     rehearsal.stage()

@@ -82,7 +82,7 @@ def test_a_fault_at_every_step_of_a_poll(
 
     It is each ninth step, unless all is done that is done in continuous integration.
     """
-    stride = 1 if thorough else 9
+    stride = 1 if thorough else 15
     step = 1
     while True:
         schedule = strike(fault, step, later=later, attached=attached)
