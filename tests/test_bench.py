@@ -48,10 +48,11 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         ("propagation", "shmflags", ["from a change at the API to all 8 workers"]),
         ("failover", "shmflags", ["from the leader's SIGKILL to new flags in all others"]),
-        (
+        pytest.param(
             "watching",
             "shmflags",
             ["with a watcher, at rest", "from a publish to all of 16", "until one of 16"],
+            marks=pytest.mark.thorough,
         ),
         pytest.param(
             "cluster",
@@ -59,10 +60,11 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
             ["2 hosts: full requests to the API until all have flags"],
             marks=pytest.mark.long,
         ),
-        (
+        pytest.param(
             "growth",
             "shmflags",
             ["the SDK's whole poll, nothing changed, 10 flags", "poll among 4 workers"],
+            marks=pytest.mark.thorough,
         ),
     ],
 )
@@ -85,7 +87,7 @@ def test_each_question_is_answered(
     assert {found.question for found in results} == {question}
     assert {found.contestant for found in results} >= set(contestants.split(","))
     assert all(found.samples for found in results)
-    if thorough or question == "growth":
+    if thorough or question == "failover":
         again = bench("--only", question, "--from", os.fspath(tmp_path / "results.json"))
         assert again.stdout == done.stdout
 

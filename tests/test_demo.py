@@ -204,7 +204,7 @@ def test_gunicorn_dying_is_a_failure(start: Start) -> None:
     [
         (signal.SIGINT, "shmflags demo:"),
         (signal.SIGINT, "worker .* is up"),
-        (signal.SIGINT, "gets SIGKILL"),
+        pytest.param(signal.SIGINT, "gets SIGKILL", marks=pytest.mark.thorough),
         (signal.SIGTERM, "worker .* is up"),
         (signal.SIGHUP, "worker .* is up"),
     ],

@@ -13,9 +13,9 @@ from tests.servers.running import RECIPES, WORKERS, Site, check_busy_workers, st
 @pytest.mark.parametrize(
     ("method", "environment"),
     [
-        ("fork", {}),
+        pytest.param("fork", {}, marks=pytest.mark.thorough),
         ("fork", {"SERVERS_LOAD": "1"}),
-        ("forkserver", {}),
+        pytest.param("forkserver", {}, marks=pytest.mark.thorough),
         ("forkserver", {"SERVERS_PRELOAD": "1"}),
         ("spawn", {}),
     ],
