@@ -65,11 +65,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests marked `thorough` to continuous integration; begin with those marked `long`, each in a worker."""
-    if not _is_thorough(config):
-        left = [item for item in items if item.get_closest_marker("thorough")]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+    """Have each of several workers begin with one of the tests that are marked `long`."""
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     long = [item for item in items if item.get_closest_marker("long")]
     share = len(items) // workers
@@ -81,11 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def thorough(request: pytest.FixtureRequest) -> bool:
     """Whether to do all that there is, as in continuous integration, and not only some of it."""
-    return _is_thorough(request.config)
-
-
-def _is_thorough(config: pytest.Config) -> bool:
-    return int(config.getoption("--simulations")) >= IN_CI
+    return int(request.config.getoption("--simulations")) >= IN_CI
 
 
 @pytest.fixture
