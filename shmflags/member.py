@@ -37,8 +37,13 @@ class Pending(NamedTuple):
 
 
 class _ThreadState(threading.local):
-    """Per thread: the fence noted when it was told to fetch, and whether its last fetch failed."""
+    """Per thread: what its last poll noted for the call that follows.
 
+    The page, where the poll found it right; the fence, where it was told to fetch; and whether its last
+    fetch failed.
+    """
+
+    page: ControlPage | None = None
     fence: Fence | None = None
     fetch_failed: bool = False
 
