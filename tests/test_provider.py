@@ -58,6 +58,19 @@ def test_one_leads_and_the_others_follow(group: Group) -> None:
     assert served(follower) == ["a"]
 
 
+def test_a_read_by_itself_looks_for_the_page(group: Group) -> None:
+    """One look at the page's path serves one poll, and no read after it."""
+    leader, follower = group.worker(), group.worker()
+    publish(leader, "a")
+    assert follower.should_fetch_flag_definitions() is False
+    assert served(follower) == ["a"]
+    assert leader._member is not None
+    leader._member.directory.page_path.unlink()
+    group.machine.pass_time(INTERVAL_S)
+    publish(leader, "b")
+    assert served(follower) == ["b"]
+
+
 def test_the_leader_fetches_once_per_interval(group: Group) -> None:
     """A poll sooner than half an interval after the host's last grant is not told to fetch."""
     leader = group.worker()
