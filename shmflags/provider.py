@@ -13,9 +13,10 @@
 4.  True: the SDK fetches, and on a 200 calls `on_flag_definitions_received`. `codec.py` encodes,
     `snapshot.py` writes a draft, and `publication.py` puts it in place if nothing overtook the
     fetch. On a 304 the SDK calls nothing.
-5.  False: the SDK calls `get_flag_definitions`. The page names a position; if it is the one that
-    was loaded, the same objects are handed out again (or None, where `attachment.py` sees that the
-    client has them). Else `snapshot.py` maps the new one and `codec.py` decodes what changed.
+5.  False: the SDK calls `get_flag_definitions`. The page that was just looked at names a position; if
+    it is the one that was loaded, the same objects are handed out again (or None, where
+    `attachment.py` sees that the client has them). Else `snapshot.py` maps the new one and `codec.py`
+    decodes what changed.
 6.  Between polls `watcher.py` looks whether we are behind what the page says, nobody leads, or we
     put off a fetch while the client was starting, and then has the client poll at once.
 

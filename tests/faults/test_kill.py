@@ -320,7 +320,7 @@ def test_killed_at_every_step(
 ) -> None:
     """Whatever the step at which a worker is killed, the others serve, lead, repair and clean up.
 
-    It is every third step, unless all is done that is done in continuous integration.
+    It is every fifth step, unless all is done that is done in continuous integration.
     """
     stride = SHARES if thorough else 5 * SHARES
     rehearsal = action(directory / "rehearsal")

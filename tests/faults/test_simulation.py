@@ -80,7 +80,7 @@ def test_a_fault_at_every_step_of_a_poll(
 ) -> None:
     """Each fault at each step of the first fetch, and of a change: another worker copes with what is left.
 
-    It is each ninth step, unless all is done that is done in continuous integration.
+    It is each fifteenth step, unless all is done that is done in continuous integration.
     """
     stride = 1 if thorough else 15
     step = 1
