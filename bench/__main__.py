@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench import contestants, frame, plots, report
+from bench import contestants, data, frame, plots, report
 from bench.frame import Measurement, Options, Results, Step
 
 _RESULTS = Path(__file__).parent / "results"
@@ -79,9 +79,10 @@ def _measure(questions: list[str], options: Options) -> Results:
     steps = [(name, step) for name in questions for step in frame.question(name).steps(options)]
     bar = _ProgressBar(len(steps))
     found: list[Measurement] = []
-    for number, (name, step) in enumerate(steps):
-        bar.show(number, name, step)
-        found.extend(step.run())
+    with data.made_once():
+        for number, (name, step) in enumerate(steps):
+            bar.show(number, name, step)
+            found.extend(step.run())
     bar.end()
     return Results(found)
 

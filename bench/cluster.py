@@ -40,7 +40,7 @@ def steps(options: Options) -> list[Step]:
     if not {"redis", OURS} <= set(contestants.available()):
         return []
     sizes = (2,) if options.quick else (1, 4, 16)
-    rounds, intervals = (1, 1) if options.quick else (3, 4)
+    rounds, intervals = (1, 1) if options.quick else (2, 3)
     return [
         Step(f"{hosts} hosts, {name}", partial(runs, name, hosts, rounds, intervals))
         for hosts in sizes

@@ -6,11 +6,19 @@ target a cohort or a group. The same number and seed give the same definitions o
 
 from __future__ import annotations
 
-import copy
+import gc
 import json
+import os
 import random
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+_KEPT_IN = "SHMFLAGS_BENCH_DATA"
+"""The environment variable with the directory of what was made before."""
 
 _WORDS = """
     account alert annual api archive audit avatar backup badge banner basket batch beta billing board
@@ -32,7 +40,57 @@ _PLANS = ["free", "starter", "team", "business", "enterprise"]
 
 
 def make(flag_count: int, *, seed: int = 1) -> dict[str, Any]:
-    """Definitions with `flag_count` flags and a fifth as many cohorts."""
+    """Definitions with `flag_count` flags and a fifth as many cohorts, parsed like an answer of the API."""
+    kept = Path(os.environ[_KEPT_IN], f"{flag_count}-{seed}.json") if _KEPT_IN in os.environ else None
+    with _collector_paused():
+        if kept is None or not kept.exists():
+            text = json.dumps(_made(flag_count, seed))
+            if kept is not None:
+                _write(kept, text)
+        else:
+            text = kept.read_text()
+        definitions: dict[str, Any] = json.loads(text)
+    return definitions
+
+
+def change_one_flag(definitions: dict[str, Any], round_: int) -> dict[str, Any]:
+    """Have one flag differ, another one in each round; returns what was given."""
+    flag = definitions["flags"][round_ * 7919 % len(definitions["flags"])]
+    flag["version"] += 1 + round_
+    flag["name"] = f"{flag['name']} (changed {round_})"
+    return definitions
+
+
+@contextmanager
+def made_once() -> Iterator[None]:
+    """Within the block, this process and those that it starts keep what they make in files, and share it."""
+    with tempfile.TemporaryDirectory(prefix="shmflags-bench-data-") as directory:
+        os.environ[_KEPT_IN] = directory
+        try:
+            yield
+        finally:
+            del os.environ[_KEPT_IN]
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _write(path: Path, text: str) -> None:
+    """Nobody reads a part of it, also where two processes make the same."""
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _made(flag_count: int, seed: int) -> dict[str, Any]:
     chance = random.Random(f"{seed} {flag_count}")
     cohort_count = flag_count // 5
     return {
@@ -42,26 +100,6 @@ def make(flag_count: int, *, seed: int = 1) -> dict[str, Any]:
         "minimal_flag_called_events": False,
         "property_matching_version": 1,
     }
-
-
-def with_one_flag_changed(data: dict[str, Any], round_: int) -> dict[str, Any]:
-    """A copy, as parsed from another answer of the API, with one flag that differs."""
-    changed: dict[str, Any] = json.loads(json.dumps(data))
-    flag = changed["flags"][round_ * 7919 % len(changed["flags"])]
-    flag["version"] += 1 + round_
-    flag["name"] = f"{flag['name']} (changed {round_})"
-    return changed
-
-
-def with_flags_changed(data: dict[str, Any], count: int, round_: int) -> dict[str, Any]:
-    """A copy with `count` flags that differ; the other flags are the same objects."""
-    changed = dict(data)
-    flags = changed["flags"] = list(data["flags"])
-    for number in range(count):
-        place = (round_ * 7919 + number) % len(flags)
-        flags[place] = copy.deepcopy(flags[place])
-        flags[place]["name"] = f"changed in round {round_}"
-    return changed
 
 
 def _flag(number: int, cohort_count: int, chance: random.Random) -> dict[str, Any]:

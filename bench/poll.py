@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from bench import contestants
-from bench.data import make, with_one_flag_changed
+from bench.data import change_one_flag, make
 from bench.frame import OURS, Goal, Options, Results, Row, Step
 from bench.processes import Process
 from bench.roles import LONG_S
@@ -42,7 +42,7 @@ def steps(options: Options) -> list[Step]:
                 prepare,
                 names_,
                 flags,
-                options.runs(runs if flags < _BIG else runs * 3 // 5),
+                options.runs(runs if flags < _BIG else runs // 2),
             ),
         )
         for case, prepare, names_, sizes_, runs in cases
@@ -93,7 +93,7 @@ def changes(stack: ExitStack, name: str, flags: int) -> Sample:
     place = place_for(stack, name)
     interval_s = ROUNDS_S if name == OURS else LONG_S
     leader = publisher(stack, name, place, flags, poll_interval_s=interval_s)
-    leader.call("bench.roles:prepare_variants", flags=flags, count=3)
+    leader.call("bench.roles:prepare_variants", flags=flags)
     follower = stack.enter_context(Process())
     follower.call("bench.roles:open_provider", contestant=name, place=place)
     follower.call("bench.roles:follow", flags=flags)
@@ -108,19 +108,18 @@ def changes(stack: ExitStack, name: str, flags: int) -> Sample:
 def client_changes(stack: ExitStack, name: str, flags: int) -> Sample:
     """`_load_feature_flags` after one flag has changed: the provider's part, and then the SDK's own."""
     place = place_for(stack, name)
-    base = make(flags)
-    server = stack.enter_context(DefinitionsServer(base))
+    server = stack.enter_context(DefinitionsServer(make(flags)))
     if name != "sdk":
         interval_s = ROUNDS_S if name == OURS else LONG_S
         leader = publisher(stack, name, place, flags, poll_interval_s=interval_s)
-        leader.call("bench.roles:prepare_variants", flags=flags, count=3)
+        leader.call("bench.roles:prepare_variants", flags=flags)
     client = stack.enter_context(Process())
     client.call("bench.roles:open_provider", contestant=name, place=place)
     client.call("bench.roles:open_client", url=server.url, flags=flags, watch=False)
 
     def sample(number: int) -> float:
         if name == "sdk":
-            server.set_definitions(with_one_flag_changed(base, number + 1))
+            server.set_definitions(change_one_flag(make(flags), number + 1))
         else:
             leader.call("bench.roles:publish_variant", number=number)
         return float(client.call("bench.roles:timed_changed_poll"))

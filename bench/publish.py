@@ -14,7 +14,6 @@ from bench.rounds import Sample, in_turn, place_for, publisher
 
 TITLE = "A publish"
 _ALONE = "json.dumps"
-_VARIANTS = 4
 
 
 def steps(options: Options) -> list[Step]:
@@ -39,7 +38,7 @@ def publishes(stack: ExitStack, name: str, flags: int) -> Sample:
     else:
         interval_s = ROUNDS_S if name == OURS else LONG_S
         process = publisher(stack, name, place_for(stack, name), flags, poll_interval_s=interval_s)
-    process.call("bench.roles:prepare_variants", flags=flags, count=_VARIANTS)
+    process.call("bench.roles:prepare_variants", flags=flags)
     function = "dump_variant" if name == _ALONE else "publish_variant"
     return lambda number: float(process.call(f"bench.roles:{function}", number=number))
 

@@ -9,10 +9,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from bench import contestants, data, fleet, poll, roles
+from bench import contestants, data, fleet, roles
 from bench.frame import OURS, Goal, Measurement, Options, Results, Row, Step
 from bench.processes import Process
 from bench.roles import LONG_S
+from bench.rounds import place_for
 from shmflags import SharedMemoryFlagCache
 from shmflags.demo.server import DefinitionsServer
 
@@ -37,7 +38,7 @@ def steps(options: Options) -> list[Step]:
 def rests(runs: int, seconds: float) -> Iterator[Measurement]:
     """The processor's time per second in a follower whose watcher looks as often as `attach` has it."""
     with ExitStack() as stack:
-        place = poll.place_for(stack, OURS)
+        place = place_for(stack, OURS)
         # The leader is another process: that it lives is part of what a watcher looks at.
         leader, follower = (stack.enter_context(Process()) for _ in range(2))
         leader.call("bench.roles:open_provider", contestant=OURS, place=place)
@@ -72,7 +73,7 @@ def kills(rounds: int) -> Iterator[Measurement]:
 def _watching_workers() -> Iterator[tuple[Process, Process, dict[str, str]]]:
     """A publisher that leads, the master of workers that have its flags, and their place."""
     with ExitStack() as stack:
-        place = poll.place_for(stack, OURS)
+        place = place_for(stack, OURS)
         server = stack.enter_context(DefinitionsServer())
         publisher, master = (stack.enter_context(Process()) for _ in range(2))
         opening = {"contestant": OURS, "place": place}

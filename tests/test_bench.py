@@ -169,10 +169,26 @@ def test_the_definitions_are_the_same_everywhere() -> None:
     assert 1150 < len(json.dumps(made)) / 1000 < 1250
     assert len(made["cohorts"]) == 200
     assert len({flag["key"] for flag in made["flags"]}) == 1000
-    changed = data.with_one_flag_changed(made, 3)
+    changed = data.change_one_flag(data.make(1000), 3)
     differing = [old for old, new in zip(made["flags"], changed["flags"], strict=True) if old != new]
     assert len(differing) == 1
     assert changed["cohorts"] == made["cohorts"]
+
+
+def test_definitions_are_made_once_for_all_processes_of_a_run() -> None:
+    """Those who make them later, in other processes too, read a file, and each has its own objects."""
+    with data.made_once():
+        first, again = data.make(10), data.make(10)
+        assert first == again and first["flags"][0] is not again["flags"][0]
+        (kept,) = Path(os.environ[data._KEPT_IN]).iterdir()
+        kept.write_text(json.dumps({"flags": [], "from": "the file"}))
+        told = "from bench import data; print(data.make(10)['from'])"
+        done = subprocess.run(
+            [sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT, timeout=60
+        )
+        assert done.stdout == "the file\n"
+    assert not kept.exists()
+    assert data.make(10) == first
 
 
 def test_goals_and_ratios() -> None:
