@@ -108,7 +108,8 @@ def changes(stack: ExitStack, name: str, flags: int) -> Sample:
 def client_changes(stack: ExitStack, name: str, flags: int) -> Sample:
     """`_load_feature_flags` after one flag has changed: the provider's part, and then the SDK's own."""
     place = place_for(stack, name)
-    server = stack.enter_context(DefinitionsServer(make(flags)))
+    variants = [make(flags), change_one_flag(make(flags), 1)]
+    server = stack.enter_context(DefinitionsServer(variants[0]))
     if name != "sdk":
         interval_s = ROUNDS_S if name == OURS else LONG_S
         leader = publisher(stack, name, place, flags, poll_interval_s=interval_s)
@@ -119,7 +120,7 @@ def client_changes(stack: ExitStack, name: str, flags: int) -> Sample:
 
     def sample(number: int) -> float:
         if name == "sdk":
-            server.set_definitions(change_one_flag(make(flags), number + 1))
+            server.set_definitions(variants[number % 2])
         else:
             leader.call("bench.roles:publish_variant", number=number)
         return float(client.call("bench.roles:timed_changed_poll"))

@@ -84,8 +84,11 @@ def publish(definitions: dict[str, Any]) -> float:
 
 
 def prepare_variants(flags: int) -> None:
-    """Have two other answers of the API at hand, each with one flag changed."""
-    _here.variants[:] = [data.change_one_flag(data.make(flags), number) for number in range(2)]
+    """Have two answers of the API at hand: what `publish_first` published, and that with one flag changed.
+
+    The first is published next in rounds of even numbers, the second in those of odd ones, such as -1.
+    """
+    _here.variants[:] = [data.make(flags), data.change_one_flag(data.make(flags), 1)]
     gc.collect()
 
 

@@ -39,11 +39,11 @@ class Pending(NamedTuple):
 class _ThreadState(threading.local):
     """Per thread: what its last poll noted for the call that follows.
 
-    The page, where the poll found it right; the fence, where it was told to fetch; and whether its last
-    fetch failed.
+    Whether it found the page right, and nothing to fetch; the fence, where it was told to fetch; and
+    whether its last fetch failed.
     """
 
-    page: ControlPage | None = None
+    has_looked: bool = False
     fence: Fence | None = None
     fetch_failed: bool = False
 

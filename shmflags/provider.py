@@ -121,7 +121,9 @@ class SharedMemoryFlagCache:
         member = None
         try:
             member = self._me()
-            return self._poll(member)
+            is_to_fetch = self._poll(member)
+            member.thread.has_looked = not is_to_fetch
+            return is_to_fetch
         except LockTimeoutError as error:
             if member is not None:
                 self._note_busy(member, error)
@@ -253,10 +255,11 @@ class SharedMemoryFlagCache:
 
     def _poll(self, member: Member) -> bool:
         self._look_at_server()
+        member.thread.has_looked = False
         member.thread.fetch_failed = member.thread.fence is not None
         member.thread.fence = None
         self._holding.is_asking &= not member.thread.fetch_failed
-        page = member.thread.page = member.page(self._holding.position)
+        page = member.page(self._holding.position)
         self._watchers.start()
         if self._host.now_ns() < member.busy_until_ns:
             return False
@@ -299,7 +302,10 @@ class SharedMemoryFlagCache:
     def _current(self, member: Member) -> codec.Decoded | None:
         """What this process is to serve now: loaded before, or loaded here if there is a newer one."""
         # One look at the path is enough for both calls of a poll: it takes a quarter of their time.
-        page, member.thread.page = member.thread.page or member.page(self._holding.position), None
+        has_looked, member.thread.has_looked = member.thread.has_looked, False
+        page = member.known_page if has_looked else None
+        if page is None:
+            page = member.page(self._holding.position)
         unshared = self._holding.ahead_of(page, member.token)
         if unshared is not None:
             return unshared

@@ -47,6 +47,12 @@ def group(directory: Path) -> Group:
     return Group(directory)
 
 
+def lose_page(cache: SharedMemoryFlagCache) -> None:
+    """Remove the control page from the directory of a member."""
+    assert cache._member is not None
+    cache._member.directory.page_path.unlink()
+
+
 # -- grants
 
 
@@ -64,11 +70,42 @@ def test_a_read_by_itself_looks_for_the_page(group: Group) -> None:
     publish(leader, "a")
     assert follower.should_fetch_flag_definitions() is False
     assert served(follower) == ["a"]
-    assert leader._member is not None
-    leader._member.directory.page_path.unlink()
+    lose_page(leader)
     group.machine.pass_time(INTERVAL_S)
     publish(leader, "b")
     assert served(follower) == ["b"]
+
+
+def test_a_read_after_a_fetch_looks_for_the_page(group: Group) -> None:
+    """A poll that was told to fetch has no second call for which its look would do."""
+    first, second = group.worker(), group.worker()
+    publish(first, "a")
+    assert served(second) == ["a"]
+    group.machine.pass_time(INTERVAL_S)
+    assert first.should_fetch_flag_definitions() is True
+    lose_page(first)
+    group.machine.pass_time(INTERVAL_S)
+    publish(second, "b")
+    assert served(first) == ["b"]
+
+
+def test_a_page_that_is_lost_within_a_poll_is_made_anew_by_its_read(group: Group) -> None:
+    """The poll finds it replaced when it locks it; the read that follows attaches the new one."""
+    leader = group.worker()
+    publish(leader, "a")
+    group.machine.pass_time(INTERVAL_S)
+    assert leader._member is not None
+    tend = leader._publisher.tend
+
+    def tend_and_lose(*told: Any) -> None:
+        tend(*told)
+        lose_page(leader)
+
+    leader._publisher.tend = tend_and_lose  # type: ignore[method-assign]
+    assert leader.should_fetch_flag_definitions() is False
+    lost = leader._member.known_page
+    assert served(leader) == ["a"]
+    assert leader._member.known_page is not lost
 
 
 def test_the_leader_fetches_once_per_interval(group: Group) -> None:
