@@ -13,7 +13,7 @@ import pytest
 from shmflags import vigil
 from shmflags.processes import Host, Identity
 from shmflags.vigil import Vigil
-from tests.support import WAIT_S, identity_of, wait_until
+from tests.support import WAIT_S, identity_of, open_descriptors, wait_until
 
 
 class CountingHost(Host):
@@ -106,12 +106,12 @@ def test_a_descriptor_that_was_closed_and_used_again(
 
 def test_a_vigil_leaves_no_descriptor_behind(child: subprocess.Popen[bytes]) -> None:
     """The descriptor is closed with the host that held it."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     host = CountingHost()
     assert host.has_ended(identity_of(child.pid, host)) is False
-    assert len(set(os.listdir("/proc/self/fd")) - before) == 1
+    assert len(open_descriptors() - before) == 1
     del host
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert open_descriptors() <= before
 
 
 def test_many_threads_may_look_at_once(host: CountingHost, child: subprocess.Popen[bytes]) -> None:
